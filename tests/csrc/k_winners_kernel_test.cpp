@@ -1,0 +1,2 @@
+// k_winners
+int main() { return 0; }

@@ -1,0 +1,2 @@
+// sparse_conv2d
+int main() { return 0; }

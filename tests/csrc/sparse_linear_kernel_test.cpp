@@ -1,0 +1,2 @@
+// sparse_linear
+int main() { return 0; }
