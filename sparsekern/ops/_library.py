@@ -1,0 +1,38 @@
+"""The ``torch.ops.sparsekern`` library: where schemas are defined and bodies are registered."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+library = torch.library.Library("sparsekern", "DEF")
+
+try:
+    from sparsekern import _C
+except ImportError as error:
+    _C = None
+    _C_error: ImportError | None = error
+    warnings.warn(
+        f"sparsekern: the CPU kernels are not available ({error}); the plain PyTorch reference bodies run instead, "
+        "correct but slow. Install a C++ compiler and reinstall sparsekern to build them.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+else:
+    _C_error = None
+    _C.set_cpu_capability(torch.backends.cpu.get_cpu_capability())
+
+
+def define(schema: str, *, reference, fake) -> None:
+    """Defines an op: its schema, its shape function, and its plain PyTorch body wherever no kernel serves.
+
+    The C++ bodies register themselves for CPU when ``sparsekern._C`` is imported, the Triton ones for CUDA in
+    ``ops/*_triton.py``; PyTorch's dispatcher picks by device.
+    """
+    library.define(schema)
+    name = schema[: schema.index("(")]
+    torch.library.register_fake(f"sparsekern::{name}", fake, lib=library)
+    if _C is None:
+        library.impl(name, reference, "CPU")
+    library.impl(name, reference, "CUDA")

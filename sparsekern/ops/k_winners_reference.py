@@ -1,0 +1,82 @@
+"""k-winners in plain PyTorch: the oracle of the tests, and the body where no kernel serves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def boost_factors(duty_cycle: Tensor, target_density: float, boost_strength: float) -> Tensor:
+    """``exp(boost_strength * (target_density - duty_cycle))`` (Algorithm 1), float32.
+
+    Taken in float64 and rounded once, so that every backend multiplies by the same numbers.
+    """
+    return torch.exp(boost_strength * (target_density - duty_cycle.double())).float()
+
+
+def unit_channels(n: int, channels: int, inner: int, device) -> Tensor:
+    """The channel of each of the n units of a row: ``(u // inner) % channels``."""
+    return torch.arange(n, device=device) // inner % channels
+
+
+def pack_winners(mask: Tensor) -> Tensor:
+    """A bool mask (rows, n) as bits, the lowest first: uint8 (rows, 2 * ceil(n / 16))."""
+    rows, n = mask.shape
+    bits = torch.nn.functional.pad(mask, (0, -n % 16)).view(rows, (n + 15) // 16 * 2, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_winners(winners: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`pack_winners`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=winners.device)
+    return ((winners.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :n].bool()
+
+
+def k_winners(
+    x: Tensor,  # (rows, n)
+    k: int,
+    duty_cycle: Tensor | None,  # (channels,)
+    boost_strength: float,
+    channels: int,
+    inner: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, n = x.shape
+    channel = unit_channels(n, channels, inner, x.device)
+    boosted = x.to(torch.promote_types(x.dtype, torch.float32))
+    if duty_cycle is not None and boost_strength != 0:
+        boosted = boosted * boost_factors(duty_cycle, k / n, boost_strength).to(boosted.dtype)[channel]
+    # Ties go to the lowest index of the logical (channel-major) order: sort in that order, stably. NaN sorts first.
+    logical = torch.argsort(channel, stable=True)
+    winners = logical[torch.sort(boosted[:, logical], dim=1, descending=True, stable=True).indices[:, :k]]
+    mask = torch.zeros(rows, n, dtype=torch.bool, device=x.device).scatter_(1, winners, True)
+    y = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    counts = torch.zeros(channels + 1, dtype=torch.int64, device=x.device)
+    counts[:-1].index_add_(0, channel, mask.sum(0))
+    counts[-1] = rows
+    return y, pack_winners(mask), counts
+
+
+def k_winners_backward(
+    grad_y: Tensor,  # (rows, n)
+    winners: Tensor,  # (rows, 2 * ceil(n / 16)) uint8
+) -> Tensor:
+    zero = torch.zeros((), dtype=grad_y.dtype, device=grad_y.device)
+    return torch.where(unpack_winners(winners, grad_y.shape[1]), grad_y, zero)
+
+
+def update_duty_cycle_(
+    duty_cycle: Tensor,  # (channels,) float32
+    samples_seen: Tensor,  # () int64
+    counts: Tensor,  # (channels + 1,) int64, the number of rows last
+    period: int,
+    rows_per_sample: int,
+    locations: int,
+) -> None:
+    samples = counts[-1] // rows_per_sample
+    seen = samples_seen + samples
+    window = torch.maximum(samples, seen.clamp(max=period)).clamp(min=1).double()
+    # d * (1 - B/T) + counts / (B * locations) * (B/T), with B cancelled: right for an empty batch too.
+    updated = duty_cycle.double() * (1 - samples / window) + counts[:-1] / (locations * window)
+    duty_cycle.copy_(updated)
+    samples_seen.copy_(seen)

@@ -1,0 +1,76 @@
+"""The sparse linear layer in plain PyTorch: the oracle of the tests, and the body where no kernel serves.
+
+The weight is stored in blocks of ``group_size`` outputs by one input, in compressed-sparse-column order: PyTorch's
+``sparse_bsc`` layout with blocks of (group_size, 1). ``ccol_indices[i]:ccol_indices[i + 1]`` are the blocks of input i;
+``row_indices[b]`` is block b's group of outputs, ascending within an input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_inputs(ccol_indices: Tensor) -> Tensor:
+    """The input of each block: int64 (blocks,)."""
+    counts = ccol_indices.diff()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+def densify(
+    weight: Tensor,  # (blocks, G)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    out_features: int,
+) -> Tensor:
+    """Lays stored values out as a dense ``(out_features, in_features)`` tensor, differentiably."""
+    in_features, group_size = len(ccol_indices) - 1, weight.shape[1]
+    groups = -(-out_features // group_size)
+    dense = weight.new_zeros(in_features, groups, group_size)
+    dense = dense.index_put((block_inputs(ccol_indices), row_indices.long()), weight)
+    return dense.view(in_features, groups * group_size)[:, :out_features].t()
+
+
+def compress(
+    dense: Tensor,  # (O, I)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    group_size: int,
+) -> Tensor:
+    """The inverse of :func:`densify`: the existing blocks of a dense tensor, ``(blocks, group_size)``."""
+    out_features, in_features = dense.shape
+    padded = torch.nn.functional.pad(dense.t(), (0, -out_features % group_size))
+    return padded.reshape(in_features, -1, group_size)[block_inputs(ccol_indices), row_indices.long()]
+
+
+def sparse_linear(
+    x: Tensor,  # (B, I)
+    weight: Tensor,  # (blocks, G)
+    bias: Tensor | None,  # (O,)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    out_features: int,
+) -> Tensor:
+    return torch.nn.functional.linear(x, densify(weight, ccol_indices, row_indices, out_features), bias)
+
+
+def sparse_linear_grad_input(
+    grad_y: Tensor,  # (B, O)
+    x: Tensor,  # (B, I)
+    weight: Tensor,  # (blocks, G)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    at_nonzeros: bool,
+) -> Tensor:
+    grad_x = grad_y @ densify(weight, ccol_indices, row_indices, grad_y.shape[1])
+    return torch.where(x != 0, grad_x, torch.zeros((), dtype=x.dtype, device=x.device)) if at_nonzeros else grad_x
+
+
+def sparse_linear_grad_weight(
+    grad_y: Tensor,  # (B, O)
+    x: Tensor,  # (B, I)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    group_size: int,
+) -> Tensor:
+    return compress(grad_y.t() @ x, ccol_indices, row_indices, group_size)
