@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops import _check
 from sparsekern.ops import k_winners_reference as reference
 from sparsekern.ops._library import define
 
@@ -36,3 +37,125 @@ define(
     reference=reference.update_duty_cycle_,
     fake=lambda duty_cycle, samples_seen, counts, period, rows_per_sample, locations: None,
 )
+
+
+class KWinnersFunction(torch.autograd.Function):
+    """(rows, n) -> the output, the winners' bits and the channels' counts; only the output is differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, k, duty_cycle, boost_strength, channels, inner):
+        return torch.ops.sparsekern.k_winners(x, k, duty_cycle, boost_strength, channels, inner)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, winners, counts = output
+        ctx.mark_non_differentiable(winners, counts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(winners)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_winners, grad_counts):
+        if grad_y is None:
+            return (None,) * 6
+        (winners,) = ctx.saved_tensors
+        if grad_y.requires_grad and torch.is_grad_enabled():  # a second derivative is asked for
+            grad_x = reference.k_winners_backward(grad_y, winners)
+        else:
+            grad_x = torch.ops.sparsekern.k_winners_backward(grad_y.contiguous(), winners)
+        return grad_x, None, None, None, None, None
+
+
+def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[Tensor, Tensor]:
+    """The op on contiguous rows (rows, n), differentiably: the output and the counts."""
+    if x.requires_grad and torch.is_grad_enabled():
+        y, _, counts = KWinnersFunction.apply(x, k, duty_cycle, boost_strength, channels, inner)
+    else:
+        y, _, counts = torch.ops.sparsekern.k_winners(x, k, duty_cycle, boost_strength, channels, inner)
+    return y, counts
+
+
+def check_k_winners(op: str, x: Tensor, k: int, n: int, duty_cycle: Tensor | None, channels: int) -> None:
+    _check.is_float_tensor(op, "x", x)
+    _check.integer(op, "k", k, 0, n)
+    if duty_cycle is not None:
+        if duty_cycle.dtype != torch.float32:
+            raise TypeError(f"{op}: wants duty_cycle in float32, got {duty_cycle.dtype}")
+        _check.shape(op, "duty_cycle", duty_cycle, (channels,))
+        if duty_cycle.device != x.device:
+            raise ValueError(
+                f"{op}: wants all tensors on one device, got x on {x.device} and duty_cycle on {duty_cycle.device}"
+            )
+
+
+def k_winners_counted(x, k, duty_cycle, boost_strength, *, rows=k_winners_rows) -> tuple[Tensor, Tensor]:
+    """k-winners over the last dimension; the output and the units' counts (see the op)."""
+    if x.dim() == 0:
+        raise ValueError("k_winners: wants x of shape (..., n), got a tensor without dimensions")
+    n = x.shape[-1]
+    check_k_winners("k_winners", x, k, n, duty_cycle, n)
+    y, counts = rows(x.reshape(x.shape[:-1].numel(), n).contiguous(), k, duty_cycle, boost_strength, n, 1)
+    return y.view(x.shape), counts
+
+
+def k_winners2d_counted(x, k, duty_cycle, boost_strength, local, *, rows=k_winners_rows) -> tuple[Tensor, Tensor]:
+    """k-winners over a feature map in x's memory format; the output and the channels' counts (see the op)."""
+    _check.is_float_tensor("k_winners2d", "x", x)
+    if x.dim() != 4:
+        raise ValueError(f"k_winners2d: wants x of shape (B, C, H, W), got {tuple(x.shape)}")
+    B, C, H, W = x.shape
+    n = C if local else C * H * W
+    check_k_winners("k_winners2d", x, k, n, duty_cycle, C)
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if not (local or channels_last):
+        y, counts = rows(x.contiguous().view(B, n), k, duty_cycle, boost_strength, C, H * W)
+        return y.view(B, C, H, W), counts
+    nhwc = x.permute(0, 2, 3, 1).contiguous()
+    y, counts = rows(nhwc.view(B * H * W if local else B, n), k, duty_cycle, boost_strength, C, 1)
+    y = y.view(B, H, W, C).permute(0, 3, 1, 2)
+    return (y if channels_last else y.contiguous()), counts
+
+
+def k_winners(x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strength: float = 0.0) -> Tensor:
+    """Keeps the k largest boosted units of each row and zeroes the rest (Algorithm 1).
+
+    Winners are the k largest of ``exp(boost_strength * (k / n - duty_cycle)) * x``, the lowest index first among equals,
+    NaN above every number; they pass x itself, bit for bit. The gradient is that of the output for winners, 0 elsewhere.
+
+    Args:
+        x: (..., n), float32, float64, bfloat16 or float16.
+        k: winners of each row, 0..n.
+        duty_cycle: (n,) float32, each unit's recent rate of winning in [0, 1]; None for no boosting.
+        boost_strength: beta of Algorithm 1, at least 0; 0 for no boosting.
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        ValueError: wrong rank, k outside 0..n, duty_cycle of another length or device.
+        TypeError: not a floating-point tensor, duty_cycle not float32, k not an integer.
+    """
+    return k_winners_counted(x, k, duty_cycle, boost_strength)[0]
+
+
+def k_winners2d(
+    x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strength: float = 0.0, local: bool = False
+) -> Tensor:
+    """k-winners of a feature map: over C*H*W of each sample, or over C at each location if local (section 3.2).
+
+    Args:
+        x: (B, C, H, W), float32, float64, bfloat16 or float16, contiguous or channels-last (kept).
+        k: winners of each sample, 0..C*H*W; of each location, 0..C, if local.
+        duty_cycle: (C,) float32, each channel's recent rate of winning in [0, 1]; None for no boosting.
+        boost_strength: beta of Algorithm 1, at least 0; 0 for no boosting.
+        local: choose winners at each location rather than in the whole map.
+
+    Returns:
+        The shape, dtype and memory format of x. Ties go to the lowest index in C, H, W order.
+
+    Raises:
+        ValueError: wrong rank, k out of range, duty_cycle of another length or device.
+        TypeError: not a floating-point tensor, duty_cycle not float32, k not an integer.
+    """
+    return k_winners2d_counted(x, k, duty_cycle, boost_strength, local)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
 from sparsekern.ops._library import define
 
@@ -42,3 +43,107 @@ define(
     reference=reference.sparse_conv2d_grad_weight,
     fake=lambda grad_y, x, kernel_size, stride, padding: x.new_empty((grad_y.shape[1], x.shape[1], *kernel_size)),
 )
+
+
+class SparseConv2dFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, stride, padding, sparse_input_grad):
+        return torch.ops.sparsekern.sparse_conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.stride, ctx.padding, ctx.sparse_input_grad = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight = ctx.saved_tensors
+        twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
+        ops = reference if twice else torch.ops.sparsekern  # the plain bodies are differentiable again
+        grad_y = _dense_strides(grad_y)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.sparse_conv2d_grad_input(grad_y, x, weight, ctx.stride, ctx.padding, ctx.sparse_input_grad)
+        if ctx.needs_input_grad[1]:
+            grad_weight = ops.sparse_conv2d_grad_weight(grad_y, x, weight.shape[2:], ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _dense_strides(x: Tensor) -> Tensor:
+    """x itself where it is contiguous or channels-last, else a contiguous copy."""
+    return x.contiguous(memory_format=_memory_format(x))
+
+
+def pair(op: str, name: str, value, low: int) -> list[int]:
+    """An integer or two of them as a list of two, each at least low."""
+    values = [value, value] if isinstance(value, int) else list(value)
+    if len(values) != 2:
+        raise ValueError(f"{op}: wants one or two integers for {name}, got {value!r}")
+    for v in values:
+        _check.integer(op, name, v, low)
+    return values
+
+
+def check_sparse_conv2d(x, weight, bias, stride, padding) -> None:
+    op = "sparse_conv2d"
+    _check.is_float_tensor(op, "x", x)
+    _check.is_float_tensor(op, "weight", weight)
+    if weight.dim() != 4:
+        raise ValueError(f"{op}: wants weight of shape (O, C, KH, KW), got {tuple(weight.shape)}")
+    if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1]:
+        raise ValueError(f"{op}: wants x of shape (B, {weight.shape[1]}, H, W), got {tuple(x.shape)}")
+    for axis, size in enumerate(x.shape[-2:]):
+        if size + 2 * padding[axis] < weight.shape[2 + axis]:
+            raise ValueError(
+                f"{op}: wants a padded input of at least the kernel size {tuple(weight.shape[2:])}, "
+                f"got {tuple(x.shape[-2:])} with padding {tuple(padding)}"
+            )
+    if bias is not None:
+        _check.shape(op, "bias", bias, (weight.shape[0],))
+    if not torch.is_autocast_enabled(x.device.type):
+        _check.same(op, x, weight=weight, bias=bias)
+
+
+def sparse_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    *,
+    sparse_input_grad: bool = False,
+) -> Tensor:
+    """``F.conv2d`` whose cost follows the non-zeros of its input (section 4.3).
+
+    Args:
+        x: (B, C, H, W) or (C, H, W), float32, float64, bfloat16 or float16; contiguous or channels-last (kept).
+        weight: (O, C, KH, KW), the dtype of x.
+        bias: (O,) or None.
+        stride: of the window, one or two integers of at least 1.
+        padding: zeros at each border, one or two integers of at least 0.
+        sparse_input_grad: compute dL/dx only where x is not zero: right, and cheaper, where whatever produced x drops
+            the rest (k-winners, ReLU, dropout).
+
+    Returns:
+        (B, O, OH, OW) or (O, OH, OW), in the dtype and memory format of x.
+
+    Raises:
+        ValueError: wrong shapes, stride or padding out of range, tensors on different devices.
+        TypeError: not floating point, different dtypes.
+    """
+    stride = pair("sparse_conv2d", "stride", stride, 1)
+    padding = pair("sparse_conv2d", "padding", padding, 0)
+    check_sparse_conv2d(x, weight, bias, stride, padding)
+    x, weight, bias = _check.autocast(x, weight, bias)
+    batch = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0))
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = SparseConv2dFunction.apply(batch, weight, bias, stride, padding, sparse_input_grad)
+    else:
+        y = torch.ops.sparsekern.sparse_conv2d(batch, weight, bias, stride, padding)
+    return y if x.dim() == 4 else y.squeeze(0)

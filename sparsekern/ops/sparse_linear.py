@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops._library import define
 
@@ -26,3 +27,97 @@ define(
     reference=reference.sparse_linear_grad_weight,
     fake=lambda grad_y, x, ccol_indices, row_indices, group_size: x.new_empty((row_indices.shape[0], group_size)),
 )
+
+
+class SparseLinearFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad):
+        return torch.ops.sparsekern.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad = inputs
+        ctx.save_for_backward(x, weight, ccol_indices, row_indices)
+        ctx.sparse_input_grad = sparse_input_grad
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, ccol_indices, row_indices = ctx.saved_tensors
+        twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
+        ops = reference if twice else torch.ops.sparsekern  # the plain bodies are differentiable again
+        grad_y = grad_y.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad)
+        if ctx.needs_input_grad[1]:
+            grad_weight = ops.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, weight.shape[1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias) -> None:
+    op = "sparse_linear"
+    _check.is_float_tensor(op, "x", x)
+    _check.is_float_tensor(op, "weight", weight)
+    in_features = len(ccol_indices) - 1
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{op}: wants x of shape (..., {in_features}), got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] != len(row_indices):
+        raise ValueError(f"{op}: wants weight of shape ({len(row_indices)}, group_size), got {tuple(weight.shape)}")
+    if bias is not None:
+        _check.shape(op, "bias", bias, (out_features,))
+    if not torch.is_autocast_enabled(x.device.type):
+        _check.same(op, x, weight=weight, bias=bias)
+    for name, t in (("ccol_indices", ccol_indices), ("row_indices", row_indices)):
+        if t.dtype != torch.int32:
+            raise TypeError(f"{op}: wants {name} in int32, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: wants all tensors on one device, got x on {x.device} and {name} on {t.device}")
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    sparse_input_grad: bool = False,
+) -> Tensor:
+    """``F.linear`` with a weight of which only some blocks exist, at the cost of what is not zero (section 4.3).
+
+    The weight is kept in compressed-sparse-column order, blocks of ``group_size`` outputs by one input (PyTorch's
+    ``sparse_bsc`` layout). Zeros of x are found and skipped: a zero times an infinite weight counts as zero.
+
+    Args:
+        x: (..., I), float32, float64, bfloat16 or float16; dense or sparse.
+        weight: (blocks, group_size), the dtype of x.
+        ccol_indices: (I + 1,) int32, ascending: where the blocks of each input begin.
+        row_indices: (blocks,) int32: each block's group of outputs, ascending within an input.
+        out_features: O; the last of the ceil(O / group_size) groups may be smaller.
+        bias: (O,) or None.
+        sparse_input_grad: compute dL/dx only where x is not zero: right, and cheaper, where whatever produced x drops
+            the rest (k-winners, ReLU, dropout).
+
+    Returns:
+        (..., O) in the dtype of x. Sums are taken in float32 (float64 for float64), in an order that does not depend
+        on the number of threads.
+
+    Raises:
+        ValueError: wrong shapes, tensors on different devices.
+        TypeError: not floating point, different dtypes, indices not int32.
+    """
+    check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
+    x, weight, bias = _check.autocast(x, weight, bias)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = SparseLinearFunction.apply(rows, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad)
+    else:
+        y = torch.ops.sparsekern.sparse_linear(rows, weight, bias, ccol_indices, row_indices, out_features)
+    return y.view(*x.shape[:-1], out_features)

@@ -1,0 +1,49 @@
+"""``python -m sparsekern.info``: versions, instruction set, devices, and which bodies serve, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+
+import torch
+
+import sparsekern
+from sparsekern.ops import _library
+
+OPS = ("k_winners", "sparse_linear", "sparse_conv2d")
+
+
+def info() -> dict[str, str]:
+    """What the command prints, by name."""
+    C = _library._C
+    lines = {
+        "sparsekern": sparsekern.__version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processor": f"{platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
+    }
+    if C is None:
+        lines["cpu bodies"] = f"plain PyTorch reference, since the kernels are not there: {_library._C_error}"
+    else:
+        why = "set by ATEN_CPU_CAPABILITY" if "ATEN_CPU_CAPABILITY" in os.environ else "the best that both sides have"
+        lines["cpu bodies"] = f"C++ kernels, {C.instruction_set()} ({why}), for {', '.join(OPS)}"
+        lines["built with"] = f"{C.compiler}, torch {C.built_with_torch} (stable ABI of 2.11), {C.build_type}"
+    if torch.cuda.is_available():
+        lines["gpu"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    else:
+        lines["gpu"] = "none that PyTorch can use"
+    lines["gpu bodies"] = "plain PyTorch reference"
+    lines["triton"] = "installed" if importlib.util.find_spec("triton") else "not installed (not required)"
+    return lines
+
+
+def main() -> None:
+    lines = info()
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+if __name__ == "__main__":
+    main()

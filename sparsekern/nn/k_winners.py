@@ -1,0 +1,266 @@
+"""The k-winners layers: Algorithm 1 with boosting by duty cycles (section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.ops import _check
+from sparsekern.ops.k_winners import k_winners2d_counted, k_winners_counted
+
+# Duty cycles that a checkpointed forward leaves for its recomputation, the last first. The bound only matters where
+# recomputations never come.
+_RECOMPUTATION_DEPTH = 64
+
+
+def _recomputing() -> bool:
+    """Whether this forward is activation checkpointing's second one: the autograd engine is running."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _may_recompute() -> bool:
+    """Whether this forward may be run again in the backward pass: under checkpointing, reentrant or not."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+class _KWinnersBase(nn.Module):
+    """What both layers share: k, boosting, the duty cycle, its entropy and the state_dict."""
+
+    def __init__(
+        self, n, channels, k, density, k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period
+    ):
+        super().__init__()
+        op = type(self).__name__
+        if (k is None) == (density is None):
+            raise ValueError(f"{op}: wants exactly one of k and density, got k={k} and density={density}")
+        if density is not None:
+            _check.density(op, density)
+        if k is not None:
+            _check.integer(op, "k", k, 0, n)
+        if not k_inference_factor >= 0:
+            raise ValueError(f"{op}: wants k_inference_factor at least 0, got {k_inference_factor}")
+        for name, value in (("boost_strength", boost_strength), ("boost_strength_factor", boost_strength_factor)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{op}: wants {name} finite and at least 0, got {value}")
+        _check.integer(op, "duty_cycle_period", duty_cycle_period, 1)
+        self.k = k
+        self.density = density
+        self.k_inference_factor = k_inference_factor
+        self.boost_strength = float(boost_strength)
+        self.boost_strength_factor = float(boost_strength_factor)
+        self.duty_cycle_period = duty_cycle_period
+        self.register_buffer("duty_cycle", torch.zeros(channels))
+        self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
+        self._before_recomputation: deque[Tensor] = deque(maxlen=_RECOMPUTATION_DEPTH)
+
+    def _apply(self, fn, recurse=True):
+        """Moves as any module does, but the duty cycle stays float32 under ``.half()`` and the like."""
+        exact = self.duty_cycle
+        super()._apply(fn, recurse)
+        if self.duty_cycle.dtype != torch.float32:
+            self.duty_cycle = exact.to(self.duty_cycle.device)
+        return self
+
+    def _k(self, n: int) -> int:
+        """The number of winners of n units in the current mode."""
+        k = self.k if self.k is not None else max(1, round(self.density * n))
+        return k if self.training else min(round(k * self.k_inference_factor), n)
+
+    def _boosting_duty_cycle(self) -> Tensor:
+        """The duty cycle to boost by: that of the first forward where this one recomputes it."""
+        if self.training and self._before_recomputation and _recomputing():
+            return self._before_recomputation.pop()
+        return self.duty_cycle
+
+    @torch.no_grad()
+    def _update_duty_cycle(self, counts: Tensor, rows_per_sample: int, locations: int) -> None:
+        """Equation 6, by the counts of the whole global batch; once a step under activation checkpointing."""
+        if _recomputing():
+            return
+        if _may_recompute():
+            self._before_recomputation.append(self.duty_cycle.clone())
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.all_reduce(counts)
+        torch.ops.sparsekern.update_duty_cycle_(
+            self.duty_cycle, self.samples_seen, counts, self.duty_cycle_period, rows_per_sample, locations
+        )
+
+    def entropy(self) -> Tensor:
+        """The entropy of the units' winning, summed over units, from the duty cycle: bits, float32 ()."""
+        d = self.duty_cycle.double().clamp(0, 1)
+        return (-(torch.xlogy(d, d) + torch.xlogy(1 - d, 1 - d)).sum() / math.log(2)).float()
+
+    def max_entropy(self) -> float:
+        """The largest entropy that k winners allow, reached when all units win equally often: bits."""
+        p = self._max_entropy_density()
+        if p in (0, 1):
+            return 0.0
+        return -len(self.duty_cycle) * (p * math.log2(p) + (1 - p) * math.log2(1 - p))
+
+    def step_boost_strength(self) -> None:
+        """Multiplies ``boost_strength`` by ``boost_strength_factor``; call it after an epoch."""
+        self.boost_strength *= self.boost_strength_factor
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "boost_strength"] = torch.tensor(self.boost_strength, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        key = prefix + "boost_strength"
+        if key in state_dict:
+            self.boost_strength = float(state_dict[key])
+            if key in unexpected:
+                unexpected.remove(key)
+        elif strict:
+            missing.append(key)
+
+    def extra_repr(self) -> str:
+        winners = f"k={self.k}" if self.k is not None else f"density={self.density}"
+        return (
+            f"{winners}, k_inference_factor={self.k_inference_factor}, boost_strength={self.boost_strength:g}, "
+            f"boost_strength_factor={self.boost_strength_factor:g}, duty_cycle_period={self.duty_cycle_period}"
+        )
+
+
+class KWinners(_KWinnersBase):
+    """Keeps the k most excited units of each row, with boosting of those that seldom win (Algorithm 1, section 3.2).
+
+    Winners are the k largest of ``exp(boost_strength * (k / n - duty_cycle)) * x`` and pass x itself; all else is 0. In
+    training mode the duty cycle then moves by equation 6; under ``torch.distributed`` by the whole global batch, so that
+    every rank must call the layer equally often. In eval mode ``min(round(k * k_inference_factor), n)`` units win and
+    nothing is updated. With ``k == n`` the layer is a plain ReLU.
+
+    Args:
+        n: units.
+        k: winners of each row in training, 0..n.
+        density: k as a fraction of n, in (0, 1]; exactly one of k and density is given.
+        k_inference_factor: winners in eval mode, relative to k.
+        boost_strength: beta of Algorithm 1, at least 0.
+        boost_strength_factor: what :func:`sparsekern.step_boost_strength` multiplies it by.
+        duty_cycle_period: T of equation 6, in samples.
+
+    Shape: x (..., n) of any floating-point dtype -> the same.
+
+    Buffers: ``duty_cycle`` (n,) float32 and ``samples_seen`` () int64; with ``boost_strength`` they are in the state_dict,
+    so that training resumes exactly.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        k: int | None = None,
+        *,
+        density: float | None = None,
+        k_inference_factor: float = 1.5,
+        boost_strength: float = 1.0,
+        boost_strength_factor: float = 1.0,
+        duty_cycle_period: int = 1000,
+    ):
+        _check.integer("KWinners", "n", n, 1)
+        super().__init__(n, n, k, density, k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period)
+        self.n = n
+        if k is None:
+            self.k, self.density = max(1, round(density * n)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.n:
+            raise ValueError(f"KWinners: wants x of shape (..., {self.n}), got {tuple(x.shape)}")
+        if self.k == self.n:
+            return torch.relu(x)
+        y, counts = k_winners_counted(x, self._k(self.n), self._boosting_duty_cycle(), self.boost_strength)
+        if self.training:
+            self._update_duty_cycle(counts, 1, 1)
+        return y
+
+    def _max_entropy_density(self) -> float:
+        return self.k / self.n
+
+    def extra_repr(self) -> str:
+        return f"{self.n}, {super().extra_repr()}"
+
+
+class KWinners2d(_KWinnersBase):
+    """k-winners of a feature map, the duty cycle kept per channel (section 3.2).
+
+    k units win over C*H*W of each sample, or with ``local=True`` over the C channels at each location. Everything else is
+    as in :class:`KWinners`; the rate of a channel is averaged over its locations.
+
+    Args:
+        channels: C.
+        k: winners of each sample (of each location if local) in training.
+        density: k as a fraction of the units chosen from, in (0, 1]; exactly one of k and density is given.
+        local: choose winners at each location rather than in the whole map.
+        k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period: as in :class:`KWinners`.
+
+    Shape: x (B, C, H, W) of any floating-point dtype -> the same, in x's memory format.
+
+    Buffers: ``duty_cycle`` (C,) float32 and ``samples_seen`` () int64.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        k: int | None = None,
+        *,
+        density: float | None = None,
+        local: bool = False,
+        k_inference_factor: float = 1.5,
+        boost_strength: float = 1.0,
+        boost_strength_factor: float = 1.0,
+        duty_cycle_period: int = 1000,
+    ):
+        _check.integer("KWinners2d", "channels", channels, 1)
+        super().__init__(
+            channels if local else None,
+            channels,
+            k,
+            density,
+            k_inference_factor,
+            boost_strength,
+            boost_strength_factor,
+            duty_cycle_period,
+        )
+        self.channels = channels
+        self.local = local
+        self._units: int | None = channels if local else None  # of the last map seen; for max_entropy
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"KWinners2d: wants x of shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        locations = x.shape[2] * x.shape[3]
+        n = self.channels if self.local else self.channels * locations
+        if self.k == n or self.density == 1:
+            return torch.relu(x)
+        if self.k is not None and self.k > n:
+            raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
+        self._units = n
+        y, counts = k_winners2d_counted(x, self._k(n), self._boosting_duty_cycle(), self.boost_strength, self.local)
+        if self.training and locations > 0:
+            self._update_duty_cycle(counts, locations if self.local else 1, locations)
+        return y
+
+    def _max_entropy_density(self) -> float:
+        if self.density is not None:
+            return self.density
+        if self._units is None:
+            raise RuntimeError(
+                "KWinners2d: max_entropy needs the size of the map: call the layer once, or give density"
+            )
+        return self.k / self._units
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {super().extra_repr()}" + (", local=True" if self.local else "")
+
+
+def step_boost_strength(model: nn.Module) -> None:
+    """Multiplies each k-winners layer's ``boost_strength`` by its ``boost_strength_factor``; call it after an epoch."""
+    for module in model.modules():
+        if isinstance(module, _KWinnersBase):
+            module.step_boost_strength()

@@ -1,0 +1,243 @@
+"""The sparse linear layer: a drop-in for ``nn.Linear`` of which only a fraction of the weights exists (section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
+from sparsekern.ops import _check
+from sparsekern.ops.sparse_linear import sparse_linear
+from sparsekern.ops.sparse_linear_reference import compress, densify
+
+
+class SparseLinear(nn.Module):
+    """``nn.Linear`` of which each output unit has ``max(1, round(density * in_features))`` weights, at random inputs.
+
+    Non-existing weights are not stored, so they stay exactly zero under any optimizer. Existing ones start as
+    ``nn.Linear``'s do (uniform within ``1 / sqrt(in_features)``, the paper's Kaiming). Any input is right, dense or
+    sparse: the layer finds the zeros of its input itself.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: whether there is one.
+        density: fraction of the weights that exist, in (0, 1].
+        group_size: this many neighbouring output units share one random support (the last group may be smaller). 1 is
+            the paper's layer; 16 and more let the hardware realise most of the savings.
+        sparse_input_grad: compute dL/dx only where x is not zero: the same training behind k-winners, ReLU and dropout,
+            whose backward drops the rest, and much cheaper.
+        device, dtype: of the parameters.
+
+    Shape: x (..., I) -> (..., O), in the dtype of the parameters.
+
+    Attributes:
+        weight: (blocks, group_size), the existing weights by input, then by group of outputs; where the last group is
+            smaller, the lanes past it stay unused. :meth:`densify` lays them out.
+        bias: (O,) or None.
+        ccol_indices, row_indices: int32 buffers, PyTorch's ``sparse_bsc`` indices of the support, in the state_dict.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        density: float,
+        group_size: int = 1,
+        sparse_input_grad: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        _check.density("SparseLinear", density)
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("group_size", group_size)):
+            _check.integer("SparseLinear", name, value, 1)
+        fan_in = max(1, round(density * in_features))
+        blocks = fan_in * -(-out_features // group_size)
+        self._allocate(in_features, out_features, bias, blocks, group_size, sparse_input_grad, device, dtype)
+        self.fan_in = fan_in
+        self.reset_parameters()
+
+    def _allocate(self, in_features, out_features, bias, blocks, group_size, sparse_input_grad, device, dtype):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.sparse_input_grad = sparse_input_grad
+        self.fan_in: int | None = None  # of every output unit; None where a given mask decides
+        self.weight = nn.Parameter(torch.empty(blocks, group_size, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.register_buffer("ccol_indices", torch.empty(in_features + 1, dtype=torch.int32, device=device))
+        self.register_buffer("row_indices", torch.empty(blocks, dtype=torch.int32, device=device))
+
+    def reset_parameters(self) -> None:
+        """Draws support, weights and bias anew (a support that was given is kept)."""
+        if self.weight.is_meta:
+            return
+        if self.fan_in is not None:
+            groups = -(-self.out_features // self.group_size)
+            supports = draw_supports(self.in_features, groups, self.fan_in)
+            ccol_indices, row_indices = supports_to_indices(supports, self.in_features)
+            self.ccol_indices.copy_(ccol_indices)
+            self.row_indices.copy_(row_indices)
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        self._zero_unused_lanes()
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @torch.no_grad()
+    def _zero_unused_lanes(self) -> None:
+        used = self.out_features % self.group_size
+        if used:
+            last = self.row_indices == self.out_features // self.group_size
+            self.weight[last, used:] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_linear(
+            x,
+            self.weight,
+            self.ccol_indices,
+            self.row_indices,
+            self.out_features,
+            self.bias,
+            sparse_input_grad=self.sparse_input_grad,
+        )
+
+    @property
+    def density(self) -> float:
+        """The fraction of the weights that exists, in (0, 1]."""
+        return float(self.mask.sum()) / (self.in_features * self.out_features)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which weights exist: bool (out_features, in_features)."""
+        return self.densify(torch.ones_like(self.weight, dtype=torch.bool))
+
+    def densify(self, t: Tensor) -> Tensor:
+        """Lays the stored weight, its ``.grad`` or anything of its shape out as dense ``(out_features, in_features)``.
+
+        Differentiable; zeros where no weight exists.
+        """
+        if not isinstance(t, Tensor) or t.shape != self.weight.shape:
+            got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"SparseLinear.densify: wants a tensor of shape {tuple(self.weight.shape)}, got {got}")
+        return densify(t, self.ccol_indices, self.row_indices, self.out_features)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """The ``nn.Linear`` that computes the same, with copies of the weights."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        linear.weight.copy_(self.densify(self.weight))
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        *,
+        density: float | None = None,
+        mask: Tensor | None = None,
+        group_size: int = 1,
+        sparse_input_grad: bool = False,
+    ) -> SparseLinear:
+        """Takes over an existing layer: the weights under a mask, or the largest by magnitude.
+
+        Args:
+            linear: the dense layer; its weights are copied.
+            density: keep this fraction of each output unit's weights, those of largest magnitude (of largest Euclidean
+                norm over a group); exactly one of density and mask is given.
+            mask: bool (O, I), which weights to keep; any pattern, for instance that of a pruned layer. Rows must be
+                alike within each group.
+            group_size, sparse_input_grad: as in the constructor.
+        """
+        op = "SparseLinear.from_dense"
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{op}: wants an nn.Linear, got {type(linear).__name__}")
+        if (density is None) == (mask is None):
+            raise ValueError(
+                f"{op}: wants exactly one of density and mask, got {'both' if mask is not None else 'none'}"
+            )
+        _check.integer(op, "group_size", group_size, 1)
+        _check.is_float_tensor(op, "linear.weight", linear.weight)
+        fan_in = None
+        if density is not None:
+            _check.density(op, density)
+            fan_in = max(1, round(density * linear.in_features))
+            mask = magnitude_mask(linear.weight, fan_in, group_size)
+        elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{op}: wants a bool tensor for mask, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        _check.shape(op, "mask", mask, (linear.out_features, linear.in_features))
+        ccol_indices, row_indices = mask_to_indices(mask, group_size)
+        layer = cls.__new__(cls)
+        layer._allocate(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            len(row_indices),
+            group_size,
+            sparse_input_grad,
+            linear.weight.device,
+            linear.weight.dtype,
+        )
+        layer.ccol_indices.copy_(ccol_indices)
+        layer.row_indices.copy_(row_indices)
+        layer.weight.copy_(compress(linear.weight, layer.ccol_indices, layer.row_indices, group_size))
+        if linear.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        problem = self._misfit(state_dict, prefix)
+        if problem is None:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        else:
+            errors.append(f"SparseLinear {prefix.rstrip('.') or '(root)'}: {problem}; nothing of this layer was loaded")
+
+    def _misfit(self, state_dict, prefix) -> str | None:
+        """What is wrong with the support in a state_dict, if anything."""
+        weight, ccol, row = (state_dict.get(prefix + name) for name in ("weight", "ccol_indices", "row_indices"))
+        if weight is None or ccol is None or row is None:
+            return None  # reported as missing
+        if weight.dim() != 2 or weight.shape[1] != self.group_size:
+            return f"wants weights of group_size {self.group_size}, got shape {tuple(weight.shape)}"
+        if len(ccol) != self.in_features + 1:
+            return f"wants in_features {self.in_features}, got {len(ccol) - 1}"
+        if len(row) != len(self.row_indices) or len(weight) != len(row):
+            return (
+                f"wants {len(self.row_indices)} blocks (fan-in times groups), got {len(row)} and {len(weight)} weights"
+            )
+        if any(t.is_meta for t in (ccol, row)):
+            return None
+        groups = -(-self.out_features // self.group_size)
+        if ccol[0] != 0 or ccol[-1] != len(row) or (ccol.diff() < 0).any():
+            return "wants ccol_indices ascending from 0 to the number of blocks"
+        if len(row) and (row.min() < 0 or row.max() >= groups):
+            return f"wants row_indices in 0..{groups - 1}, got {int(row.min())}..{int(row.max())}"
+        inputs = torch.repeat_interleave(torch.arange(self.in_features, device=row.device), ccol.diff().long())
+        if (torch.diff(inputs * groups + row) <= 0).any():
+            return "wants row_indices ascending within each input"
+        if self.fan_in is not None and (torch.bincount(row.long(), minlength=groups) != self.fan_in).any():
+            return f"wants fan-in {self.fan_in} for every output unit, got another"
+        return None
+
+    def extra_repr(self) -> str:
+        support = f"fan_in={self.fan_in}" if self.fan_in is not None else f"weights={self.weight.numel()}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{support}, group_size={self.group_size}" + (", sparse_input_grad=True" if self.sparse_input_grad else "")
+        )

@@ -1,0 +1,55 @@
+"""Argument checks that the ops share: each states the op, what it wants and what it got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_float_tensor(op: str, name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: wants a tensor for {name}, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{op}: wants {name} in float32, float64, bfloat16 or float16, got {t.dtype}")
+
+
+def same(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """All tensors on x's device and of x's dtype."""
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{op}: wants all tensors on one device, got x on {x.device} and {name} on {t.device}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{op}: wants {name} in the dtype of x ({x.dtype}), got {t.dtype}")
+
+
+def shape(op: str, name: str, t: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(t.shape) != wanted:
+        raise ValueError(f"{op}: wants {name} of shape {wanted}, got {tuple(t.shape)}")
+
+
+def integer(op: str, name: str, value: int, low: int, high: int | None = None) -> None:
+    bounds = f"at least {low}" if high is None else f"in {low}..{high}"
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: wants an integer {name} {bounds}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{op}: wants {name} {bounds}, got {value}")
+
+
+def density(op: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: wants a number for density, got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{op}: wants density in (0, 1], got {value}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors cast to the autocast dtype where autocast is on, as the dense layers' are (float64 is left alone)."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype in (torch.float64, dtype) else t.to(dtype) for t in tensors)
