@@ -33,6 +33,11 @@ def define(schema: str, *, reference, fake) -> None:
     library.define(schema)
     name = schema[: schema.index("(")]
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=library)
-    if _C is None:
-        library.impl(name, reference, "CPU")
-    library.impl(name, reference, "CUDA")
+    for device in ("CPU", "CUDA"):
+        if not has_kernel(name, device):
+            library.impl(name, reference, device)
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether a body is registered for an op and a dispatch key ("CPU", "CUDA")."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{name}", device)
