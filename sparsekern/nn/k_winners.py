@@ -51,20 +51,29 @@ class _KWinnersBase(nn.Module):
         self.k = k
         self.density = density
         self.k_inference_factor = k_inference_factor
-        self.boost_strength = float(boost_strength)
         self.boost_strength_factor = float(boost_strength_factor)
         self.duty_cycle_period = duty_cycle_period
         self.register_buffer("duty_cycle", torch.zeros(channels))
         self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
+        # A tensor, so that an epoch's new value neither recompiles a compiled model nor recaptures a graph.
+        self.register_buffer("boost_strength", torch.tensor(float(boost_strength)))
         self._before_recomputation: deque[Tensor] = deque(maxlen=_RECOMPUTATION_DEPTH)
 
     def _apply(self, fn, recurse=True):
-        """Moves as any module does, but the duty cycle stays float32 under ``.half()`` and the like."""
-        exact = self.duty_cycle
+        """Moves as any module does, but the float32 buffers stay float32 under ``.half()`` and the like."""
+        exact = {name: getattr(self, name) for name in ("duty_cycle", "boost_strength")}
         super()._apply(fn, recurse)
-        if self.duty_cycle.dtype != torch.float32:
-            self.duty_cycle = exact.to(self.duty_cycle.device)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, value.to(moved.device))
         return self
+
+    def __setattr__(self, name, value):
+        """``layer.boost_strength = 2.0`` fills the buffer."""
+        if name == "boost_strength" and isinstance(value, (int, float)) and "boost_strength" in self._buffers:
+            value = torch.full_like(self.boost_strength, value)
+        super().__setattr__(name, value)
 
     def _k(self, n: int) -> int:
         """The number of winners of n units in the current mode."""
@@ -105,26 +114,12 @@ class _KWinnersBase(nn.Module):
 
     def step_boost_strength(self) -> None:
         """Multiplies ``boost_strength`` by ``boost_strength_factor``; call it after an epoch."""
-        self.boost_strength *= self.boost_strength_factor
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "boost_strength"] = torch.tensor(self.boost_strength, dtype=torch.float64)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        key = prefix + "boost_strength"
-        if key in state_dict:
-            self.boost_strength = float(state_dict[key])
-            if key in unexpected:
-                unexpected.remove(key)
-        elif strict:
-            missing.append(key)
+        self.boost_strength.mul_(self.boost_strength_factor)
 
     def extra_repr(self) -> str:
         winners = f"k={self.k}" if self.k is not None else f"density={self.density}"
         return (
-            f"{winners}, k_inference_factor={self.k_inference_factor}, boost_strength={self.boost_strength:g}, "
+            f"{winners}, k_inference_factor={self.k_inference_factor}, boost_strength={float(self.boost_strength):g}, "
             f"boost_strength_factor={self.boost_strength_factor:g}, duty_cycle_period={self.duty_cycle_period}"
         )
 
@@ -148,8 +143,8 @@ class KWinners(_KWinnersBase):
 
     Shape: x (..., n) of any floating-point dtype -> the same.
 
-    Buffers: ``duty_cycle`` (n,) float32 and ``samples_seen`` () int64; with ``boost_strength`` they are in the state_dict,
-    so that training resumes exactly.
+    Buffers: ``duty_cycle`` (n,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32, all in the
+    state_dict, so that training resumes exactly.
     """
 
     def __init__(
@@ -201,7 +196,7 @@ class KWinners2d(_KWinnersBase):
 
     Shape: x (B, C, H, W) of any floating-point dtype -> the same, in x's memory format.
 
-    Buffers: ``duty_cycle`` (C,) float32 and ``samples_seen`` () int64.
+    Buffers: ``duty_cycle`` (C,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,11 @@ def _k_winners_fake(x, k, duty_cycle, boost_strength, channels, inner):
 # Rows of n units in memory order, x contiguous. Unit u belongs to channel `u // inner % channels`, whose duty cycle
 # boosts it and which its win is counted for: a plain layer has channels = n and inner = 1, (B, C, H, W) rows have
 # channels = C and inner = H * W, channels-last rows channels = C and inner = 1. Ties go to the lowest index in
-# channel-major order. `winners` has a bit a unit, `counts` the wins of each channel and, last, the number of rows.
+# channel-major order. boost_strength is a tensor, () float32, so that a new value needs no new graph; without it or a
+# duty cycle nothing is boosted. `winners` has a bit a unit, `counts` the wins of each channel and, last, the number of
+# rows.
 define(
-    "k_winners(Tensor x, int k, Tensor? duty_cycle, float boost_strength, int channels, int inner)"
+    "k_winners(Tensor x, int k, Tensor? duty_cycle, Tensor? boost_strength, int channels, int inner)"
     " -> (Tensor y, Tensor winners, Tensor counts)",
     reference=reference.k_winners,
     fake=_k_winners_fake,
@@ -74,6 +78,13 @@ def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[T
     else:
         y, _, counts = torch.ops.sparsekern.k_winners(x, k, duty_cycle, boost_strength, channels, inner)
     return y, counts
+
+
+def strength_tensor(boost_strength: float, x: Tensor) -> Tensor | None:
+    """A boost strength as the op wants it; None for no boosting."""
+    if not 0 <= boost_strength < math.inf:
+        raise ValueError(f"k_winners: wants boost_strength finite and at least 0, got {boost_strength}")
+    return torch.full((), boost_strength, dtype=torch.float32, device=x.device) if boost_strength else None
 
 
 def check_k_winners(op: str, x: Tensor, k: int, n: int, duty_cycle: Tensor | None, channels: int) -> None:
@@ -133,10 +144,10 @@ def k_winners(x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strengt
         The shape and dtype of x.
 
     Raises:
-        ValueError: wrong rank, k outside 0..n, duty_cycle of another length or device.
+        ValueError: wrong rank, k outside 0..n, duty_cycle of another length or device, boost_strength negative.
         TypeError: not a floating-point tensor, duty_cycle not float32, k not an integer.
     """
-    return k_winners_counted(x, k, duty_cycle, boost_strength)[0]
+    return k_winners_counted(x, k, duty_cycle, strength_tensor(boost_strength, x))[0]
 
 
 def k_winners2d(
@@ -158,4 +169,4 @@ def k_winners2d(
         ValueError: wrong rank, k out of range, duty_cycle of another length or device.
         TypeError: not a floating-point tensor, duty_cycle not float32, k not an integer.
     """
-    return k_winners2d_counted(x, k, duty_cycle, boost_strength, local)[0]
+    return k_winners2d_counted(x, k, duty_cycle, strength_tensor(boost_strength, x), local)[0]

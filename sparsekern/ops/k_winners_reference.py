@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-def boost_factors(duty_cycle: Tensor, target_density: float, boost_strength: float) -> Tensor:
+def boost_factors(duty_cycle: Tensor, target_density: float, boost_strength: Tensor) -> Tensor:
     """``exp(boost_strength * (target_density - duty_cycle))`` (Algorithm 1), float32.
 
     Taken in float64 and rounded once, so that every backend multiplies by the same numbers.
     """
-    return torch.exp(boost_strength * (target_density - duty_cycle.double())).float()
+    return torch.exp(boost_strength.double() * (target_density - duty_cycle.double())).float()
 
 
 def unit_channels(n: int, channels: int, inner: int, device) -> Tensor:
@@ -37,14 +37,14 @@ def k_winners(
     x: Tensor,  # (rows, n)
     k: int,
     duty_cycle: Tensor | None,  # (channels,)
-    boost_strength: float,
+    boost_strength: Tensor | None,  # () float32
     channels: int,
     inner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = x.shape
     channel = unit_channels(n, channels, inner, x.device)
     boosted = x.to(torch.promote_types(x.dtype, torch.float32))
-    if duty_cycle is not None and boost_strength != 0:
+    if duty_cycle is not None and boost_strength is not None:
         boosted = boosted * boost_factors(duty_cycle, k / n, boost_strength).to(boosted.dtype)[channel]
     # Ties go to the lowest index of the logical (channel-major) order: sort in that order, stably. NaN sorts first.
     logical = torch.argsort(channel, stable=True)
