@@ -1,0 +1,34 @@
+"""``python -m sparsekern.paper COMMAND``: one command for each table and figure of the paper."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+try:
+    import rich  # noqa: F401
+except ImportError:
+    sys.exit("sparsekern.paper: wants rich and matplotlib; run: pip install 'sparsekern[paper]'")
+
+from sparsekern.paper import train
+from sparsekern.paper.checkpoint import DamagedCheckpoint
+from sparsekern.paper.training import ConfigurationMismatch
+
+COMMANDS = {"train": train}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sparsekern.paper", description=__doc__.partition(": ")[2])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.__doc__))
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except (OSError, ValueError, ConfigurationMismatch, DamagedCheckpoint) as error:
+        print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

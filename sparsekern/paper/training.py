@@ -1,0 +1,200 @@
+"""One training run of one of the paper's networks, which a kill at any moment does not change the result of."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sparsekern as sk
+from sparsekern.paper import checkpoint
+from sparsekern.paper.evaluate import correct_by_noise_level
+from sparsekern.paper.networks import Network, build
+from sparsekern.paper.plain import rezero_
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that decides a run's result; a checkpoint only goes on under the one that it was made with."""
+
+    network: Network
+    seed: int = 42
+    group_size: int = 1
+    plain: bool = False
+    dense: bool = False
+    device: str = "cpu"
+
+    @property
+    def kind(self) -> str:
+        return "plain" if self.plain else "dense" if self.dense else "sparse"
+
+
+class ConfigurationMismatch(Exception):
+    """The run folder belongs to another configuration; the message says what differs."""
+
+
+class Run:
+    """A run in a folder of its own: made anew, or taken up where its last checkpoint left it.
+
+    The data order of an epoch depends on the seed and the epoch alone, and the checkpoint holds the generator's state, the
+    optimizer's, the layers' and the position, so that a resumed run repeats what the killed one would have done.
+
+    Args:
+        configuration: of the run.
+        data: such as :class:`sparsekern.paper.mnist.Mnist`.
+        folder: of checkpoints and log; made if it is not there.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for one after each epoch only.
+        report: called with a line of text about a checkpoint that is taken up or damaged.
+
+    Raises:
+        ConfigurationMismatch: the folder holds a run of another configuration.
+        checkpoint.DamagedCheckpoint: it holds checkpoints, and all are damaged.
+    """
+
+    def __init__(self, configuration: Configuration, data, folder: Path, *, checkpoint_every: int = 0, report=print):
+        self.configuration = configuration
+        self.network = network = configuration.network
+        self.data = data
+        self.folder = Path(folder)
+        self.checkpoint_every = checkpoint_every
+        self.identity = {**asdict(configuration), "data": data.checksum}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = checkpoint.load(self.folder, report=report)
+        if state is not None:
+            self._check_identity(state["identity"])
+
+        torch.manual_seed(configuration.seed)
+        self.model = build(
+            network, group_size=configuration.group_size, plain=configuration.plain, dense=configuration.dense
+        ).to(configuration.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), network.lr, network.momentum, weight_decay=network.weight_decay, fused=True
+        )
+        if configuration.plain:
+            self.optimizer.register_step_post_hook(lambda *_: rezero_(self.model))
+        self.epoch = 0  # the one under way, or the next
+        self.step = 0  # of that epoch: how many are done
+        self.seconds = 0.0  # spent on them
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=configuration.device)
+        self.history: list[dict] = []  # an entry an epoch: what the log holds
+        if state is not None:
+            self._restore(state)
+            report(f"resuming after {self.epoch} epochs and {self.step} steps")
+        self._write_log()
+
+    def train(self, epochs: int, progress=lambda epoch, step, steps: None) -> list[dict]:
+        """Trains until that many epochs are done in all; returns the history, an entry an epoch."""
+        while self.epoch < epochs:
+            self._train_epoch(progress)
+            started = time.perf_counter()
+            correct = correct_by_noise_level(self.model, self.data)
+            self.history.append(self._entry(correct, time.perf_counter() - started))
+            sk.step_boost_strength(self.model)
+            self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+            self.loss_sum.zero_()
+            self._save()
+            self._write_log()
+        return self.history
+
+    def _train_epoch(self, progress) -> None:
+        batches = self._batches()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.network.lr * self.network.lr_factor**self.epoch
+        self.model.train()
+        started = time.perf_counter() - self.seconds
+        while self.step < len(batches):
+            self._train_step(*self.data.batch(batches[self.step]))
+            self.step += 1
+            progress(self.epoch, self.step, len(batches))
+            if self.checkpoint_every and self.step % self.checkpoint_every == 0:
+                self.seconds = time.perf_counter() - started
+                self._save()
+        self.seconds = time.perf_counter() - started
+
+    def _train_step(self, x, labels) -> None:
+        loss = F.nll_loss(self.model(x), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum.add_(loss.detach(), alpha=len(labels))
+
+    def _batches(self) -> tuple[torch.Tensor, ...]:
+        """The epoch's batches of training indices."""
+        generator = torch.Generator().manual_seed(self.configuration.seed + (self.epoch << 32))
+        order = torch.randperm(len(self.data), generator=generator).to(self.configuration.device)
+        return order.split(self.network.first if self.epoch == 0 else self.network.batch)
+
+    def _entry(self, correct: list[int], test_seconds: float) -> dict:
+        samples = len(self.data.test_labels)
+        return {
+            "epoch": self.epoch + 1,
+            "loss": float(self.loss_sum) / len(self.data),
+            "test_accuracy": correct[0] / samples,
+            "noise_score": sum(correct),
+            "correct": {f"{eta:.2f}": count for eta, count in zip(self.data.noise_levels, correct, strict=True)},
+            "samples": samples,
+            "entropy": _entropies(self.model),
+            "train_seconds": round(self.seconds, 3),
+            "test_seconds": round(test_seconds, 3),
+        }
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        if self.configuration.device.startswith("cuda"):
+            state["cuda_generator"] = torch.cuda.get_rng_state(self.configuration.device)
+        checkpoint.save(self.folder, state)
+
+    def _restore(self, state: dict) -> None:
+        for name in ("epoch", "step", "seconds", "history"):
+            setattr(self, name, state[name])
+        self.loss_sum.copy_(state["loss_sum"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generator"])
+        if "cuda_generator" in state:
+            torch.cuda.set_rng_state(state["cuda_generator"], self.configuration.device)
+
+    def _check_identity(self, found: dict) -> None:
+        here, there = _flat(self.identity), _flat(found)
+        differing = [name for name in here | there if here.get(name) != there.get(name)]
+        if differing:
+            raise ConfigurationMismatch(
+                f"{self.folder} holds a run of another configuration: "
+                + ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing)
+                + "; name another folder with --out"
+            )
+
+    def _write_log(self) -> None:
+        """Writes the log anew from the history, so that it never holds a line too much or half a line."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        checkpoint.write_atomically(self.folder / LOG, lines.encode())
+
+
+def _entropies(model: nn.Module) -> dict[str, list[float]]:
+    """The duty cycles' entropy and its maximum, in bits, of each k-winners layer."""
+    return {
+        name: [round(float(layer.entropy()), 3), round(layer.max_entropy(), 3)]
+        for name, layer in model.named_modules()
+        if isinstance(layer, (sk.KWinners, sk.KWinners2d))
+    }
+
+
+def _flat(identity: dict) -> dict:
+    return {**{f"network {name}": value for name, value in identity["network"].items()}, **identity, "network": ""}

@@ -1,0 +1,263 @@
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern.paper import __main__ as paper
+from sparsekern.paper import checkpoint, mnist, training
+from sparsekern.paper.networks import networks
+from sparsekern.paper.training import Configuration, ConfigurationMismatch, Run
+
+# Small, and with everything that a checkpoint must hold: momentum, boosting, dropout's generator, two epochs' batch sizes.
+NETWORK = replace(networks("mnist")["sparseCNN1"], filters=[4], k=[60], hidden=20, winners=5, first=8, momentum=0.9,
+                  dropout=0.2, batch_norm=True)  # fmt: skip
+CONFIGURATION = Configuration(NETWORK)
+
+
+class Data:
+    """60 training and 20 test images, of classes that are easy to tell apart."""
+
+    checksum = "made up"
+    noise_levels = (0.0, 0.5)
+    folder = "nowhere"
+
+    def __init__(self, kill_at=None):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(60) % 10
+        self.test_labels = torch.arange(20) % 10
+        prototypes = torch.randn(10, 1, 28, 28, generator=generator)
+        self.images = prototypes[self.labels] + 0.1 * torch.randn(60, 1, 28, 28, generator=generator)
+        self.test_images = prototypes[self.test_labels]
+        self.kill_at = kill_at
+        self.asked = 0
+
+    def __len__(self):
+        return 60
+
+    def batch(self, indices):
+        if self.asked == self.kill_at:
+            raise KeyboardInterrupt
+        self.asked += 1
+        return self.images[indices], self.labels[indices]
+
+    def test_batches(self, eta, size):
+        yield self.test_images * (1 - eta), self.test_labels
+
+
+def silent(_):
+    pass
+
+
+def run(folder, configuration=CONFIGURATION, data=None, **options):
+    return Run(configuration, data or Data(), folder, report=silent, **options)
+
+
+def result(run):
+    """What must be the same bit for bit: weights, buffers, optimizer, generator and history without times."""
+    history = [{k: v for k, v in entry.items() if not k.endswith("_seconds")} for entry in run.history]
+    tensors = [*run.model.state_dict().values(), torch.get_rng_state()]
+    tensors += [state["momentum_buffer"] for state in run.optimizer.state_dict()["state"].values()]
+    return history, [tensor.clone() for tensor in tensors]
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    whole = run(tmp_path_factory.mktemp("whole"))
+    whole.train(3)
+    return result(whole)
+
+
+def test_it_learns(uninterrupted):
+    history, _ = uninterrupted
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["test_accuracy"] > 0.3
+
+
+@pytest.mark.parametrize("kill_at", [0, 3, 7, 8, 9])  # 8 steps in the first epoch, then 1
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, uninterrupted, kill_at, checkpoint_every):
+    killed = run(tmp_path, data=Data(kill_at), checkpoint_every=checkpoint_every)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train(3)
+    torch.manual_seed(999)
+    resumed = run(tmp_path)
+    done = kill_at if kill_at < 8 else 0
+    assert (resumed.epoch, resumed.step) == (max(0, kill_at - 7), done // 2 * 2 if checkpoint_every else 0)
+    resumed.train(3)
+    assert_same(result(resumed), uninterrupted)
+
+
+def test_more_epochs_go_on_from_the_finished_run(tmp_path, uninterrupted):
+    run(tmp_path).train(1)
+    run(tmp_path).train(2)
+    longer = run(tmp_path)
+    longer.train(3)
+    assert_same(result(longer), uninterrupted)
+
+
+def test_nothing_is_trained_twice(tmp_path):
+    run(tmp_path).train(1)
+    data = Data()
+    assert len(run(tmp_path, data=data).train(1)) == 1
+    assert data.asked == 0
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, uninterrupted):
+    run(tmp_path).train(2)
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:-1])
+    resumed = run(tmp_path)
+    assert resumed.epoch == 1
+    resumed.train(3)
+    assert_same(result(resumed), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 43}, "seed is 42 there and 43 here"),
+        ({"group_size": 4}, "group_size is 1 there and 4 here"),
+        ({"plain": True}, "plain is False there and True here"),
+        ({"network": replace(NETWORK, lr=0.5)}, "network lr is 0.01 there and 0.5 here"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, changed, message):
+    run(tmp_path).train(1)
+    before = (tmp_path / checkpoint.NAME).read_bytes()
+    with pytest.raises(ConfigurationMismatch, match=message):
+        run(tmp_path, replace(CONFIGURATION, **changed))
+    assert (tmp_path / checkpoint.NAME).read_bytes() == before
+
+
+def test_other_data_are_refused(tmp_path):
+    run(tmp_path).train(1)
+    data = Data()
+    data.checksum = "others"
+    with pytest.raises(ConfigurationMismatch, match="data is made up there and others here"):
+        run(tmp_path, data=data)
+
+
+def test_the_log_has_a_line_an_epoch(tmp_path):
+    trained = run(tmp_path)
+    trained.train(2)
+    lines = [json.loads(line) for line in (tmp_path / training.LOG).read_text().splitlines()]
+    assert lines == trained.history
+    last = lines[-1]
+    assert last["epoch"] == 2
+    assert last["samples"] == 20
+    assert last["noise_score"] == sum(last["correct"].values())
+    assert last["test_accuracy"] == last["correct"]["0.00"] / 20
+    assert set(last["entropy"]) == {"winners1", "winners"}
+    for entropy, most in last["entropy"].values():
+        assert 0 < entropy <= most * 1.001
+
+
+def test_learning_rate_and_boost_strength_follow_the_epochs(tmp_path):
+    trained = run(tmp_path)
+    trained.train(3)
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.8**2)
+    assert trained.model.winners.boost_strength == pytest.approx(1.5 * 0.85**3)
+
+
+def test_plain_weights_that_do_not_exist_stay_zero(tmp_path):
+    trained = run(tmp_path, replace(CONFIGURATION, plain=True))
+    trained.train(2)
+    hidden = trained.model.hidden
+    assert (hidden.weight[~hidden.mask] == 0).all()
+    assert (hidden.weight[hidden.mask] != 0).all()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_paper_train as t
+
+class Deadly(t.Data):
+    def batch(self, indices):
+        if self.asked == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(indices)
+
+t.run(Path(sys.argv[1]), data=Deadly(), checkpoint_every=2).train(3)
+"""
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path, uninterrupted):
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parent, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    resumed = run(tmp_path)
+    assert (resumed.epoch, resumed.step) == (0, 4)
+    resumed.train(3)
+    assert_same(result(resumed), uninterrupted)
+
+
+@pytest.fixture
+def command_line(tmp_path, monkeypatch):
+    """Runs the command in an empty folder, on small data."""
+    made = []
+
+    def small(folder, *, seed, fetch, device):
+        made.append((folder, seed, fetch, device))
+        return Data()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparsekern.paper.train.Mnist", small)
+    return made
+
+
+def test_command(command_line, capsys):
+    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--data", "here", "--seed", "7"]) == 0
+    assert command_line == [(Path("here"), 7, False, "cpu")]
+    out = capsys.readouterr().out
+    assert "sparseCNN1: filters [30]" in out
+    assert "log: runs/sparseCNN1-seed7/log.jsonl" in out
+    assert "noise score" in out
+    assert Path("runs/sparseCNN1-seed7/log.jsonl").exists()
+    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--seed", "7"]) == 0
+    assert "resuming after 1 epochs" in capsys.readouterr().out
+
+
+def test_command_for_twins(command_line):
+    for option in ("--plain", "--dense"):
+        assert paper.main(["train", "denseCNN2SP3", "--epochs", "1", "--group-size", "16", option]) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == [
+        "denseCNN2SP3-dense-g16-seed42",
+        "denseCNN2SP3-plain-g16-seed42",
+    ]
+    with pytest.raises(SystemExit):
+        paper.main(["train", "denseCNN2SP3", "--plain", "--dense"])
+
+
+def test_command_says_what_is_wrong(command_line, capsys):
+    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o"]) == 0
+    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o", "--seed", "1"]) == 1
+    assert "seed is 42 there and 1 here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        paper.main(["train", "noSuchCNN"])
+
+
+def test_command_without_data_says_how_to_get_them(tmp_path, capsys):
+    assert paper.main(["train", "sparseCNN1", "--data", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert str(tmp_path) in err
+    assert "--download" in err
+    assert all(name in err for name in mnist.FILES)
+
+
+@pytest.mark.slow
+def test_sparse_cnn2_learns_mnist_in_one_epoch(tmp_path):
+    if not mnist.default_folder().is_dir():
+        pytest.skip(f"no MNIST in {mnist.default_folder()}")
+    [entry] = Run(Configuration(networks("mnist")["sparseCNN2"]), mnist.Mnist(), tmp_path).train(1)
+    assert entry["test_accuracy"] > 0.975
+    assert entry["noise_score"] > 85_000
