@@ -164,9 +164,9 @@ def _products(module: nn.Module, x: Tensor) -> tuple[int, int]:
         rows = active.reshape(-1, active.shape[-1])
         return rows.shape[0] * weight.numel(), round(float(rows.sum(0) @ (weight != 0).double().sum(0)))
     conv = module.to_dense() if isinstance(module, SparseConv2d) else module
-    existing = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        bias=False, padding_mode=conv.padding_mode, device=x.device, dtype=torch.float64,
+    existing = nn.utils.skip_init(
+        nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+        conv.groups, bias=False, padding_mode=conv.padding_mode, device=x.device, dtype=torch.float64,
     )  # fmt: skip
     existing.weight.copy_(conv.weight != 0)
     counted = existing(active)  # each output counts its products

@@ -94,7 +94,8 @@ class SparseConv2d(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.Conv2d:
         """The ``nn.Conv2d`` that computes the same, with copies of the weights."""
-        conv = nn.Conv2d(
+        conv = nn.utils.skip_init(  # draws nothing from torch's generator
+            nn.Conv2d,
             self.in_channels,
             self.out_channels,
             self.kernel_size,

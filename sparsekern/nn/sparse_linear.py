@@ -132,7 +132,8 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
         """The ``nn.Linear`` that computes the same, with copies of the weights."""
-        linear = nn.Linear(
+        linear = nn.utils.skip_init(  # draws nothing from torch's generator
+            nn.Linear,
             self.in_features,
             self.out_features,
             self.bias is not None,
