@@ -1,0 +1,40 @@
+"""``python -m sparsekern.info``."""
+
+import subprocess
+import sys
+
+import torch
+
+import sparsekern as sk
+from sparsekern import info
+from sparsekern.ops import _library
+
+
+def test_info_names_versions_and_bodies():
+    lines = info.info()
+    assert lines["sparsekern"] == sk.__version__
+    assert torch.__version__ in lines["torch"]
+    if _library._C is None:
+        assert lines["cpu bodies"].startswith("plain PyTorch reference")
+        assert str(_library._C_error) in lines["cpu bodies"]
+    else:
+        assert f"C++ kernels, {_library._C.instruction_set()} " in lines["cpu bodies"]
+        assert all(op in lines["cpu bodies"] for op in info.OPS)
+        assert _library._C.compiler in lines["built with"]
+
+
+def test_without_the_extension_it_says_why(monkeypatch):
+    monkeypatch.setattr(_library, "_C", None)
+    monkeypatch.setattr(_library, "_C_error", ImportError("No module named 'sparsekern._C'"))
+    lines = info.info()
+    assert lines["cpu bodies"].endswith("the kernels are not there: No module named 'sparsekern._C'")
+    assert "built with" not in lines
+
+
+def test_command():
+    done = subprocess.run([sys.executable, "-m", "sparsekern.info"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    printed = {name: value.strip() for name, value in (line.split("  ", 1) for line in done.stdout.splitlines())}
+    here = info.info()
+    del printed["torch"], here["torch"]  # the threads of this process may have been set
+    assert printed == here
