@@ -1,1 +1,76 @@
-// sparse_linear
+#include "sparse_linear.h"
+
+#include "tensor.h"
+
+namespace sparsekern {
+namespace {
+
+const SparseLinearKernels& kernels() { return SPARSEKERN_SELECT(sparse_linear); }
+
+LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int64_t outputs, int64_t group) {
+  return {ccol_indices.size(0) - 1, outputs, group, (const int32_t*)ccol_indices.const_data_ptr(),
+          (const int32_t*)row_indices.const_data_ptr()};
+}
+
+// A thread is worth waking for about this many multiply-adds.
+int64_t grain(int64_t items, int64_t products) {
+  constexpr int64_t kProducts = 1 << 16;
+  return products <= kProducts ? items : items * kProducts / products + 1;
+}
+
+Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+                     const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features) {
+  const DType dtype = dtype_of("sparse_linear", x_);
+  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
+  std::optional<Tensor> bias;
+  if (bias_) bias = torch::stable::contiguous(*bias_);
+  const int64_t B = x.size(0);
+  Tensor y = torch::stable::new_empty(x, {B, out_features});
+  const LinearSupport w = support(ccol, rows, out_features, weight.size(1));
+  torch::stable::parallel_for(0, B, grain(B, B * weight.numel() / 8), [&](int64_t begin, int64_t end) {
+    kernels().forward(dtype, w, x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
+                      y.mutable_data_ptr(), begin, end);
+  });
+  return y;
+}
+
+Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight_,
+                                const Tensor& ccol_indices_, const Tensor& row_indices_, bool at_nonzeros) {
+  const DType dtype = dtype_of("sparse_linear_grad_input", x_);
+  const Tensor grad_y = torch::stable::contiguous(grad_y_), x = torch::stable::contiguous(x_);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
+  const int64_t B = x.size(0);
+  Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1));
+  torch::stable::parallel_for(0, B, grain(B, B * weight.numel() / 8), [&](int64_t begin, int64_t end) {
+    kernels().grad_input(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                         grad_x.mutable_data_ptr(), at_nonzeros, begin, end);
+  });
+  return grad_x;
+}
+
+Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const Tensor& ccol_indices_,
+                                 const Tensor& row_indices_, int64_t group_size) {
+  const DType dtype = dtype_of("sparse_linear_grad_weight", x_);
+  const Tensor grad_y = torch::stable::contiguous(grad_y_), x = torch::stable::contiguous(x_);
+  const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
+  const int64_t B = x.size(0), I = x.size(1);
+  Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size);
+  torch::stable::parallel_for(0, I, grain(I, B * grad_weight.numel() / 8), [&](int64_t begin, int64_t end) {
+    kernels().grad_weight(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr(), B,
+                          begin, end);
+  });
+  return grad_weight;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
+  m.impl("sparse_linear_grad_input", TORCH_BOX(&sparse_linear_grad_input));
+  m.impl("sparse_linear_grad_weight", TORCH_BOX(&sparse_linear_grad_weight));
+}
+
+} // namespace
+} // namespace sparsekern

@@ -1,1 +1,36 @@
-// sparse_linear
+// The sparse linear layer on the CPU: y = x W^T + bias and its gradients, where W exists only in some blocks and x and
+// grad_y may be mostly zero. Shapes: x (B, I), y (B, O), all contiguous.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sparsekern {
+
+// The existing blocks of G neighbouring outputs by one input, in compressed-sparse-column order.
+struct LinearSupport {
+  int64_t inputs, outputs, group; // I, O, G
+  const int32_t* ccol;            // (I + 1,): where each input's blocks begin
+  const int32_t* rows;            // (blocks,): each block's group of outputs, ascending within an input
+};
+
+struct SparseLinearKernels {
+  // Rows [begin, end) of y. bias may be null.
+  void (*forward)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
+                  int64_t begin, int64_t end);
+  // Rows [begin, end) of grad_x, zero where x is zero if at_nonzeros.
+  void (*grad_input)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight, void* grad_x,
+                     bool at_nonzeros, int64_t begin, int64_t end);
+  // The blocks of inputs [begin, end) of grad_weight, summed over B rows in ascending order.
+  void (*grad_weight)(DType, const LinearSupport&, const void* grad_y, const void* x, void* grad_weight, int64_t B,
+                      int64_t begin, int64_t end);
+  // Non-zeros among n elements; adds 1 << 62 if any of them is infinite or NaN.
+  int64_t (*count)(DType, const void* x, int64_t n);
+  // Lays the weights of inputs [begin, end) out as rows of a dense (I, O) matrix.
+  void (*expand)(DType, const LinearSupport&, const void* weight, void* dense, int64_t begin, int64_t end);
+};
+constexpr int64_t kNotFinite = int64_t(1) << 62;
+
+extern const SparseLinearKernels sparse_linear_baseline, sparse_linear_avx2, sparse_linear_avx512;
+
+} // namespace sparsekern

@@ -1,1 +1,202 @@
-// sparse_linear
+#include "sparse_linear.h"
+
+#include "vec.h"
+
+namespace sparsekern {
+namespace {
+
+enum Slot { kValues, kIndices, kSums, kSamples };
+
+// The non-zeros of one row, ascending. Room for n each.
+template <class T>
+int64_t compress(const T* x, int64_t n, acc_t<T>* value, int32_t* index) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const acc_t<T> v = to_acc(x[i]);
+    value[count] = v;
+    index[count] = int32_t(i);
+    count += v != 0;
+  }
+  return count;
+}
+
+template <class T> int64_t padded_outputs(const LinearSupport& w) {
+  return (w.outputs + w.group - 1) / w.group * w.group + kLanes;
+}
+
+// sums[outputs of the block] += a * block, for each block of input i.
+template <class T>
+SPARSEKERN_INLINE void add_input(const LinearSupport& w, const T* weight, int64_t i, acc_t<T> a, acc_t<T>* sums) {
+  const int64_t G = w.group, end = w.ccol[i + 1];
+  if (G == 1) {
+    for (int64_t b = w.ccol[i]; b < end; b++) sums[w.rows[b]] += a * to_acc(weight[b]);
+  } else if (G % kLanes == 0) {
+    const vec<acc_t<T>> av = splat(a);
+    for (int64_t b = w.ccol[i]; b < end; b++)
+      for (int64_t g = 0; g < G; g += kLanes) {
+        acc_t<T>* out = sums + w.rows[b] * G + g;
+        store(out, fma(av, load(weight + b * G + g), load(out)));
+      }
+  } else {
+    for (int64_t b = w.ccol[i]; b < end; b++)
+      for (int64_t g = 0; g < G; g++) sums[w.rows[b] * G + g] += a * to_acc(weight[b * G + g]);
+  }
+}
+
+template <class T>
+void forward(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t I = w.inputs, O = w.outputs, room = padded_outputs<T>(w);
+  A* value = (A*)scratch(kValues, size_t(I) * sizeof(A));
+  int32_t* index = (int32_t*)scratch(kIndices, size_t(I) * 4);
+  A* sums = (A*)scratch(kSums, size_t(room) * sizeof(A));
+  for (int64_t b = begin; b < end; b++) {
+    const int64_t active = compress(x + b * I, I, value, index);
+    for (int64_t o = 0; o < O; o++) sums[o] = bias ? to_acc(bias[o]) : A(0);
+    for (int64_t o = O; o < room; o++) sums[o] = 0;
+    for (int64_t p = 0; p < active; p++) add_input(w, weight, index[p], value[p], sums);
+    for (int64_t o = 0; o < O; o++) from_acc(sums[o], y[b * O + o]);
+  }
+}
+
+// The sum over the blocks of input i of block times grad_y at its outputs.
+template <class T>
+SPARSEKERN_INLINE acc_t<T> dot_input(const LinearSupport& w, const T* weight, int64_t i, const acc_t<T>* grad_y) {
+  using A = acc_t<T>;
+  const int64_t G = w.group, end = w.ccol[i + 1];
+  A total = 0;
+  if (G == 1) {
+    for (int64_t b = w.ccol[i]; b < end; b++) total += to_acc(weight[b]) * grad_y[w.rows[b]];
+  } else if (G % kLanes == 0) {
+    vec<A> lanes = {};
+    for (int64_t b = w.ccol[i]; b < end; b++)
+      for (int64_t g = 0; g < G; g += kLanes)
+        lanes = fma(load(weight + b * G + g), load(grad_y + w.rows[b] * G + g), lanes);
+    total = sum<A>(lanes);
+  } else {
+    for (int64_t b = w.ccol[i]; b < end; b++)
+      for (int64_t g = 0; g < G; g++) total += to_acc(weight[b * G + g]) * grad_y[w.rows[b] * G + g];
+  }
+  return total;
+}
+
+template <class T>
+void grad_input(const LinearSupport& w, const T* grad_y, const T* x, const T* weight, T* grad_x, bool at_nonzeros,
+                int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t I = w.inputs, O = w.outputs, room = padded_outputs<T>(w);
+  A* gy = (A*)scratch(kSums, size_t(room) * sizeof(A));
+  for (int64_t b = begin; b < end; b++) {
+    for (int64_t o = 0; o < O; o++) gy[o] = to_acc(grad_y[b * O + o]);
+    for (int64_t o = O; o < room; o++) gy[o] = 0;
+    for (int64_t i = 0; i < I; i++) {
+      const bool wanted = !at_nonzeros || to_acc(x[b * I + i]) != 0;
+      from_acc(wanted ? dot_input(w, weight, i, gy) : A(0), grad_x[b * I + i]);
+    }
+  }
+}
+
+// The rows in which each of `count` neighbouring inputs is not zero: sample and value (count, B), samples (count,).
+template <class T>
+void gather_samples(const T* x, int64_t I, int64_t B, int64_t count, int64_t* samples, int32_t* sample,
+                    acc_t<T>* value) {
+  for (int64_t i = 0; i < count; i++) samples[i] = 0;
+  for (int64_t s = 0; s < B; s++)
+    for (int64_t i = 0; i < count; i++) {
+      const acc_t<T> v = to_acc(x[s * I + i]);
+      value[i * B + samples[i]] = v;
+      sample[i * B + samples[i]] = int32_t(s);
+      samples[i] += v != 0;
+    }
+}
+
+template <class T>
+void grad_weight(const LinearSupport& w, const T* grad_y, const T* x, T* grad, int64_t B, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t kTile = 16;
+  const int64_t I = w.inputs, O = w.outputs, G = w.group;
+  if (B == 0) {
+    for (int64_t e = w.ccol[begin] * G; e < w.ccol[end] * G; e++) from_acc(A(0), grad[e]);
+    return;
+  }
+  A* value = (A*)scratch(kValues, size_t(kTile * B) * sizeof(A));
+  int32_t* sample = (int32_t*)scratch(kSamples, size_t(kTile * B) * 4);
+  A* sums = (A*)scratch(kSums, size_t(padded_outputs<T>(w)) * sizeof(A));
+  int64_t samples[kTile];
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t count = end - tile < kTile ? end - tile : kTile;
+    gather_samples(x + tile, I, B, count, samples, sample, value);
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t first = w.ccol[tile + t], blocks = w.ccol[tile + t + 1] - first;
+      for (int64_t e = 0; e < blocks * G; e++) sums[e] = 0;
+      for (int64_t p = 0; p < samples[t]; p++) {
+        const T* gy = grad_y + sample[t * B + p] * O;
+        const A v = value[t * B + p];
+        for (int64_t b = 0; b < blocks; b++) {
+          const int64_t o = w.rows[first + b] * G, lanes = O - o < G ? O - o : G;
+          for (int64_t g = 0; g < lanes; g++) sums[b * G + g] += v * to_acc(gy[o + g]);
+        }
+      }
+      for (int64_t e = 0; e < blocks * G; e++) from_acc(sums[e], grad[first * G + e]);
+    }
+  }
+}
+
+template <class T> int64_t count(const T* x, int64_t n) {
+  int64_t nonzeros = 0;
+  acc_t<T> zero = 0; // 0 * v is 0 for finite v, NaN otherwise
+  for (int64_t i = 0; i < n; i++) {
+    const acc_t<T> v = to_acc(x[i]);
+    nonzeros += v != 0;
+    zero += 0 * v;
+  }
+  return nonzeros + (zero != 0 ? kNotFinite : 0);
+}
+
+template <class T>
+void expand(const LinearSupport& w, const T* weight, T* dense, int64_t begin, int64_t end) {
+  const int64_t O = w.outputs, G = w.group;
+  std::memset((void*)(dense + begin * O), 0, size_t((end - begin) * O) * sizeof(T));
+  for (int64_t i = begin; i < end; i++)
+    for (int64_t b = w.ccol[i]; b < w.ccol[i + 1]; b++) {
+      const int64_t o = w.rows[b] * G, lanes = O - o < G ? O - o : G;
+      for (int64_t g = 0; g < lanes; g++) dense[i * O + o + g] = weight[b * G + g];
+    }
+}
+
+} // namespace
+
+const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
+    .forward =
+        [](DType dtype, const LinearSupport& w, const void* x, const void* weight, const void* bias, void* y,
+           int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            forward<T>(w, (const T*)x, (const T*)weight, (const T*)bias, (T*)y, begin, end);
+          });
+        },
+    .grad_input =
+        [](DType dtype, const LinearSupport& w, const void* grad_y, const void* x, const void* weight, void* grad_x,
+           bool at_nonzeros, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            grad_input<T>(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, at_nonzeros, begin, end);
+          });
+        },
+    .grad_weight =
+        [](DType dtype, const LinearSupport& w, const void* grad_y, const void* x, void* grad, int64_t B,
+           int64_t begin, int64_t end) {
+          dispatch(dtype,
+                   [&]<class T>() { grad_weight<T>(w, (const T*)grad_y, (const T*)x, (T*)grad, B, begin, end); });
+        },
+    .count =
+        [](DType dtype, const void* x, int64_t n) {
+          int64_t nonzeros = 0;
+          dispatch(dtype, [&]<class T>() { nonzeros = count<T>((const T*)x, n); });
+          return nonzeros;
+        },
+    .expand =
+        [](DType dtype, const LinearSupport& w, const void* weight, void* dense, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() { expand<T>(w, (const T*)weight, (T*)dense, begin, end); });
+        },
+};
+
+} // namespace sparsekern
