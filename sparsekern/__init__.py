@@ -1,6 +1,6 @@
 """Sparse networks that are really fast: the layers of "How Can We Be So Dense?" (arXiv:1903.11257) for PyTorch."""
 
-from sparsekern import functional, reference
+from sparsekern import functional, reference, sdr
 from sparsekern.convert import densify_, sparsify_
 from sparsekern.nn.k_winners import KWinners, KWinners2d, step_boost_strength
 from sparsekern.nn.sparse_conv2d import SparseConv2d
@@ -17,6 +17,7 @@ __all__ = [
     "functional",
     "profile",
     "reference",
+    "sdr",
     "sparsify_",
     "step_boost_strength",
 ]
