@@ -11,7 +11,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # trials that are simulated at a time: their random numbers fit the caches
+CHUNK = 1 << 15  # trials that are simulated at a time: their random numbers fit the caches
 
 
 def matches(prototype: Tensor, x: Tensor, theta: float) -> Tensor:
@@ -53,7 +53,7 @@ def match_probability(n: int, a: int, s: int, theta: int) -> float:
 
 
 def scalar_threshold(s: int) -> float:
-    """Half of the mean product of a scalar prototype with itself (equation 5): its s components are in [-1/s, 1/s]."""
+    """Half of the mean product of a scalar prototype with itself (section 2): its s components are in [-1/s, 1/s]."""
     return s * _mean_square(1 / s) / 2
 
 
@@ -105,6 +105,40 @@ def simulate_scalar(
         x = torch.empty(size, s).uniform_(0, scale * 2 / s, generator=generator)
         found += int(((prototype * x * active).sum(1) >= theta).sum())
     return found / trials
+
+
+def scalar_match_by_overlap(
+    s: int = 32, *, scale: float = 1.0, theta: float | None = None, trials: int = 100_000, generator=None
+) -> list[float]:
+    """The probability that scalar vectors match where exactly b non-zero components meet, for b = 0..s, by trial.
+
+    Args:
+        s, scale, theta, generator: as in :func:`simulate_scalar`.
+        trials: for each b.
+    """
+    _check_trials("sdr.scalar_match_by_overlap", trials)
+    theta = scalar_threshold(s) if theta is None else theta
+    found = torch.zeros(s, dtype=torch.int64)
+    for size in _chunks(trials):
+        prototype = torch.empty(size, s).uniform_(-1 / s, 1 / s, generator=generator)
+        x = torch.empty(size, s).uniform_(0, scale * 2 / s, generator=generator)
+        found += ((prototype * x).cumsum(1) >= theta).sum(0)  # column b - 1: the product over b components
+    return [float(theta <= 0), *(found / trials).tolist()]
+
+
+def scalar_match_probability(n: int, a: int, by_overlap: list[float]) -> float:
+    """Probability that random scalar vectors match: what :func:`simulate_scalar` finds, without trials that never match.
+
+    The probability of each overlap is exact (equation 2), so that very small probabilities come out too.
+
+    Args:
+        n, a: as in :func:`simulate_scalar`.
+        by_overlap: from :func:`scalar_match_by_overlap`, which gives s its value.
+    """
+    s = len(by_overlap) - 1
+    _check_sizes("sdr.scalar_match_probability", n, a, s)
+    vectors = comb(n, a)
+    return sum(overlap_count(n, a, s, b) / vectors * match for b, match in enumerate(by_overlap))
 
 
 def _active(n: int, a: int, s: int, trials: int, generator) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from sparsekern.paper import __main__ as paper
 from sparsekern.paper import checkpoint, mnist, training
 from sparsekern.paper.networks import networks
-from sparsekern.paper.training import Configuration, ConfigurationMismatch, Run
+from sparsekern.paper.results import ConfigurationMismatch
+from sparsekern.paper.training import Configuration, Run
 
 # Small, and with everything that a checkpoint must hold: momentum, boosting, dropout's generator, two epochs' batch sizes.
 NETWORK = replace(networks("mnist")["sparseCNN1"], filters=[4], k=[60], hidden=20, winners=5, first=8, momentum=0.9,

@@ -78,6 +78,17 @@ def test_scalar_simulation_agrees_with_whole_vectors():
     assert found == pytest.approx(whole, abs=5 * sqrt(2 * whole * (1 - whole) / trials))
 
 
+def test_scalar_probability_agrees_with_its_simulation():
+    generator = torch.Generator().manual_seed(2)
+    by_overlap = sdr.scalar_match_by_overlap(8, scale=2.0, trials=50_000, generator=generator)
+    assert len(by_overlap) == 9
+    assert by_overlap[0] == 0
+    found = sdr.simulate_scalar(60, 40, 8, scale=2.0, trials=50_000, generator=generator)
+    assert sdr.scalar_match_probability(60, 40, by_overlap) == pytest.approx(found, abs=0.01)
+    assert sdr.scalar_match_probability(60, 0, by_overlap) == 0
+    assert sdr.scalar_match_probability(60, 60, by_overlap) == by_overlap[-1]
+
+
 def test_simulations_follow_their_generator():
     def both():
         generator = torch.Generator().manual_seed(5)

@@ -6,15 +6,16 @@ import argparse
 import sys
 
 try:
+    import matplotlib  # noqa: F401
     import rich  # noqa: F401
 except ImportError:
     sys.exit("sparsekern.paper: wants rich and matplotlib; run: pip install 'sparsekern[paper]'")
 
-from sparsekern.paper import train
+from sparsekern.paper import figure2, figure3, train
 from sparsekern.paper.checkpoint import DamagedCheckpoint
-from sparsekern.paper.training import ConfigurationMismatch
+from sparsekern.paper.results import ConfigurationMismatch, DamagedResult
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "figure2": figure2, "figure3": figure3}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command].run(arguments)
-    except (OSError, ValueError, ConfigurationMismatch, DamagedCheckpoint) as error:
+    except (OSError, ValueError, ConfigurationMismatch, DamagedCheckpoint, DamagedResult) as error:
         print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
         return 1
 

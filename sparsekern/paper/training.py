@@ -16,6 +16,7 @@ from sparsekern.paper import checkpoint
 from sparsekern.paper.evaluate import correct_by_noise_level
 from sparsekern.paper.networks import Network, build
 from sparsekern.paper.plain import rezero_
+from sparsekern.paper.results import check_configuration
 
 LOG = "log.jsonl"
 
@@ -36,10 +37,6 @@ class Configuration:
         return "plain" if self.plain else "dense" if self.dense else "sparse"
 
 
-class ConfigurationMismatch(Exception):
-    """The run folder belongs to another configuration; the message says what differs."""
-
-
 class Run:
     """A run in a folder of its own: made anew, or taken up where its last checkpoint left it.
 
@@ -54,7 +51,7 @@ class Run:
         report: called with a line of text about a checkpoint that is taken up or damaged.
 
     Raises:
-        ConfigurationMismatch: the folder holds a run of another configuration.
+        results.ConfigurationMismatch: the folder holds a run of another configuration.
         checkpoint.DamagedCheckpoint: it holds checkpoints, and all are damaged.
     """
 
@@ -68,7 +65,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = checkpoint.load(self.folder, report=report)
         if state is not None:
-            self._check_identity(state["identity"])
+            check_configuration(self.folder, state["identity"], self.identity)
 
         torch.manual_seed(configuration.seed)
         self.model = build(
@@ -171,16 +168,6 @@ class Run:
         if "cuda_generator" in state:
             torch.cuda.set_rng_state(state["cuda_generator"], self.configuration.device)
 
-    def _check_identity(self, found: dict) -> None:
-        here, there = _flat(self.identity), _flat(found)
-        differing = [name for name in here | there if here.get(name) != there.get(name)]
-        if differing:
-            raise ConfigurationMismatch(
-                f"{self.folder} holds a run of another configuration: "
-                + ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing)
-                + "; name another folder with --out"
-            )
-
     def _write_log(self) -> None:
         """Writes the log anew from the history, so that it never holds a line too much or half a line."""
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
@@ -194,7 +181,3 @@ def _entropies(model: nn.Module) -> dict[str, list[float]]:
         for name, layer in model.named_modules()
         if isinstance(layer, (sk.KWinners, sk.KWinners2d))
     }
-
-
-def _flat(identity: dict) -> dict:
-    return {**{f"network {name}": value for name, value in identity["network"].items()}, **identity, "network": ""}

@@ -1,0 +1,151 @@
+"""Result files: CSV under a line that says how it came about, written whole or not at all, with a SHA-256 beside."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import sparsekern as sk
+from sparsekern.paper.checkpoint import write_atomically
+
+FOLDER = Path("docs/results")
+
+
+class DamagedResult(Exception):
+    """A result file is not what was written; the message names the file and the damage."""
+
+
+class ConfigurationMismatch(Exception):
+    """Results of another configuration are in the way; the message says what differs."""
+
+
+@dataclass
+class Result:
+    """What a result file holds.
+
+    Attributes:
+        configuration: everything that decides the rows' values.
+        rows: a dictionary a row, of strings when it has been read from a file.
+        environment: where they were measured.
+    """
+
+    configuration: dict
+    rows: list[dict]
+    environment: dict
+
+
+def environment(device: str = "cpu") -> dict:
+    """The hardware and versions that a measurement names."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sparsekern": sk.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write(path: Path, result: Result) -> None:
+    """Writes a result file and its checksum, each either whole or not there."""
+    buffer = io.StringIO()
+    buffer.write("# " + json.dumps({"configuration": result.configuration, "environment": result.environment}) + "\n")
+    writer = csv.DictWriter(buffer, list(result.rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(result.rows)
+    write_checked(path, buffer.getvalue().encode())
+
+
+def read(path: Path) -> Result:
+    """The content of a result file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedResult: the file is not whole, or has no checksum.
+    """
+    first, _, table = read_checked(path).decode().partition("\n")
+    try:
+        header = json.loads(first.removeprefix("# "))
+        rows = list(csv.DictReader(io.StringIO(table)))
+        return Result(header["configuration"], rows, header["environment"])
+    except (ValueError, KeyError) as error:
+        raise DamagedResult(f"{path}: is no result file: {error}") from None
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Writes a file and ``NAME.sha256`` beside it, which ``sha256sum -c`` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(_checksum_path(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    write_atomically(path, content)  # killed before this, the checksum tells that the file is not the new one
+
+
+def read_checked(path: Path) -> bytes:
+    content = path.read_bytes()
+    beside = _checksum_path(path)
+    if not beside.exists():
+        raise DamagedResult(f"{path}: its checksum {beside.name} is not there")
+    wanted, found = beside.read_text().split(" ")[0], hashlib.sha256(content).hexdigest()
+    if wanted != found:
+        raise DamagedResult(f"{path}: wants SHA-256 {wanted[:12]}..., got {found[:12]}... of {len(content)} bytes")
+    return content
+
+
+def made_once(path: Path, configuration: dict, make: Callable[[], list[dict]], *, device="cpu", report=print) -> Result:
+    """The result in a file, or, where there is none or a damaged one, what ``make`` returns, written there.
+
+    Raises:
+        ConfigurationMismatch: the file holds the result of another configuration.
+    """
+    configuration = json.loads(json.dumps(configuration))  # as it is read back: lists for tuples
+    try:
+        result = read(path)
+    except FileNotFoundError:
+        pass
+    except DamagedResult as damage:
+        report(f"{damage}; made anew")
+    else:
+        check_configuration(path, result.configuration, configuration)
+        report(f"from {path}")
+        return result
+    write(path, Result(configuration, make(), environment(device)))
+    report(f"written to {path}")
+    return read(path)
+
+
+def check_configuration(path: Path, there: dict, here: dict) -> None:
+    """Raises ConfigurationMismatch where two configurations differ."""
+    there, here = flat(there), flat(here)
+    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differing:
+        raise ConfigurationMismatch(
+            f"{path} holds results of another configuration: "
+            + ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing)
+            + "; write to another folder, or remove them"
+        )
+
+
+def flat(configuration: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one: ``{"a": {"b": 1}}`` is ``{"a b": 1}``."""
+    result = {}
+    for name, value in configuration.items():
+        result |= flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {prefix + name: value}
+    return result
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
