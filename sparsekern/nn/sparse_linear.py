@@ -211,7 +211,9 @@ class SparseLinear(nn.Module):
 
     def _misfit(self, state_dict, prefix) -> str | None:
         """What is wrong with the support in a state_dict, if anything."""
-        weight, ccol, row = (state_dict.get(prefix + name) for name in ("weight", "ccol_indices", "row_indices"))
+        weight, ccol, row, bias = (
+            state_dict.get(prefix + name) for name in ("weight", "ccol_indices", "row_indices", "bias")
+        )
         if weight is None or ccol is None or row is None:
             return None  # reported as missing
         if weight.dim() != 2 or weight.shape[1] != self.group_size:
@@ -222,7 +224,9 @@ class SparseLinear(nn.Module):
             return (
                 f"wants {len(self.row_indices)} blocks (fan-in times groups), got {len(row)} and {len(weight)} weights"
             )
-        if any(t.is_meta for t in (ccol, row)):
+        if self.bias is not None and bias is not None and bias.shape != self.bias.shape:
+            return f"wants out_features {self.out_features}, got a bias of shape {tuple(bias.shape)}"
+        if any(t.is_meta for t in (weight, ccol, row)):
             return None
         groups = -(-self.out_features // self.group_size)
         if ccol[0] != 0 or ccol[-1] != len(row) or (ccol.diff() < 0).any():
@@ -234,6 +238,9 @@ class SparseLinear(nn.Module):
             return "wants row_indices ascending within each input"
         if self.fan_in is not None and (torch.bincount(row.long(), minlength=groups) != self.fan_in).any():
             return f"wants fan-in {self.fan_in} for every output unit, got another"
+        used = self.out_features % self.group_size
+        if used and (weight[row == groups - 1, used:] != 0).any():
+            return f"wants out_features {self.out_features}, got weights of more"
         return None
 
     def extra_repr(self) -> str:
