@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 
-def block_inputs(ccol_indices: Tensor) -> Tensor:
+def block_inputs(ccol_indices: Tensor, blocks: int) -> Tensor:
     """The input of each block: int64 (blocks,)."""
     counts = ccol_indices.diff()
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    inputs = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(inputs, counts, output_size=blocks)  # a size that no value decides: traceable
 
 
 def densify(
@@ -27,7 +28,7 @@ def densify(
     in_features, group_size = len(ccol_indices) - 1, weight.shape[1]
     groups = -(-out_features // group_size)
     dense = weight.new_zeros(in_features, groups, group_size)
-    dense = dense.index_put((block_inputs(ccol_indices), row_indices.long()), weight)
+    dense = dense.index_put((block_inputs(ccol_indices, len(row_indices)), row_indices.long()), weight)
     return dense.view(in_features, groups * group_size)[:, :out_features].t()
 
 
@@ -40,7 +41,7 @@ def compress(
     """The inverse of :func:`densify`: the existing blocks of a dense tensor, ``(blocks, group_size)``."""
     out_features, in_features = dense.shape
     padded = torch.nn.functional.pad(dense.t(), (0, -out_features % group_size))
-    return padded.reshape(in_features, -1, group_size)[block_inputs(ccol_indices), row_indices.long()]
+    return padded.reshape(in_features, -1, group_size)[block_inputs(ccol_indices, len(row_indices)), row_indices.long()]
 
 
 def sparse_linear(
