@@ -1,6 +1,10 @@
 import pytest
 import torch
 
+# The tensors are small, and the threads of several processes on one machine would wait for each other. Tests of
+# threading ask for threads.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
