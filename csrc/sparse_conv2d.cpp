@@ -1,1 +1,178 @@
-// sparse_conv2d
+// CPU bodies of the sparse_conv2d ops. Python has checked the arguments (sparsekern/ops/sparse_conv2d.py).
+#include "sparse_conv2d.h"
+
+#include <array>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "tensor.h"
+
+namespace sparsekern {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using Ints = std::vector<int64_t>;
+
+const SparseConv2dKernels& kernels() { return SPARSEKERN_SELECT(sparse_conv2d); }
+
+Images images(const Tensor& t) { return {t.data_ptr(), !t.is_contiguous()}; }
+
+Conv2d sizes(const Tensor& x, int64_t out_channels, int64_t kh, int64_t kw, const Ints& stride, const Ints& padding) {
+  const int64_t oh = (x.size(2) + 2 * padding[0] - kh) / stride[0] + 1;
+  const int64_t ow = (x.size(3) + 2 * padding[1] - kw) / stride[1] + 1;
+  return {x.size(0), x.size(1), x.size(2), x.size(3), out_channels, kh, kw, oh, ow, stride[0], stride[1],
+          padding[0], padding[1], dtype_of("sparse_conv2d", x)};
+}
+
+Tensor empty(const Tensor& like, std::array<int64_t, 4> shape, bool channels_last) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// The share of non-zeros, from up to 64 evenly spread runs of 1024 elements.
+double active_fraction(const Tensor& t) {
+  constexpr int64_t kRuns = 64, kRun = 1024;
+  const int64_t n = t.numel(), size = int64_t(t.element_size());
+  const char* data = static_cast<const char*>(t.data_ptr());
+  const DType dtype = dtype_of("sparse_conv2d", t);
+  if (n <= kRuns * kRun) return n == 0 ? 0.0 : double(kernels().count(dtype, data, n)) / double(n);
+  int64_t found = 0;
+  for (int64_t i = 0; i < kRuns; i++) found += kernels().count(dtype, data + i * (n - kRun) / (kRuns - 1) * size, kRun);
+  return double(found) / double(kRuns * kRun);
+}
+
+// The kernels index one sample with 32 bits and keep a bounded number of tap groups.
+bool sparse_possible(const Conv2d& conv) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  return conv.C * conv.H * conv.W < kMost && conv.O * conv.OH * conv.OW < kMost && conv.KW <= kMaxKernelWidth &&
+         conv.SW <= kMaxKernelWidth;
+}
+
+// Whether the kernels are faster than the dense convolution, by the active fraction of what they walk over.
+bool sparse_pays(const Conv2d& conv, double active) { return sparse_possible(conv) && active < 0.4; }
+
+// Calls for each chunk of (samples x panels): samples where there are enough of them, else panels too.
+template <class F> void parallel_parts(int64_t samples, int64_t panels, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (samples >= 4 * threads || threads == 1) {
+    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+      f(Part{begin, end - begin, 0, panels});
+    });
+  } else {
+    torch::stable::parallel_for(0, samples * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end;) {
+        const int64_t first = i % panels, n = std::min(panels - first, end - i);
+        f(Part{i / panels, 1, first, n});
+        i += n;
+      }
+    });
+  }
+}
+
+// The weight as the kernels read it, in the calling thread's scratch.
+void* pack(const Conv2d& conv, bool transposed, const Tensor& weight) {
+  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  void* packed = scratch(0, kernels().packed_bytes(conv, transposed));
+  const int64_t panels = ((transposed ? conv.C : conv.O) + 15) / 16;
+  const void* data = weight.data_ptr();
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    kernels().pack(conv, transposed, data, strides, packed, begin, end - begin);
+  });
+  return packed;
+}
+
+// t in the memory format asked for: the dense convolution chooses its own by the weight's.
+Tensor with_format(const Tensor& t, bool channels_last) {
+  if (t.is_contiguous() == !channels_last) return t;
+  Tensor out = empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, channels_last);
+  if (out.is_contiguous() && t.is_contiguous()) return t; // both formats at once
+  return torch::stable::copy_(out, t);
+}
+
+Tensor dense_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                     const Ints& padding) {
+  using torch::stable::detail::from;
+  const Ints ones{1, 1}, zeros{0, 0};
+  std::array<StableIValue, 9> stack{from(x), from(weight), from(bias), from(stride), from(padding),
+                                    from(ones), from(false), from(zeros), from(int64_t(1))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return with_format(torch::stable::detail::to<Tensor>(stack[0]), !x.is_contiguous());
+}
+
+// (grad_x or grad_weight): the one that is wanted.
+Tensor dense_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Ints& stride,
+                      const Ints& padding, bool want_input) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const Ints ones{1, 1}, zeros{0, 0};
+  const std::array<bool, 3> wanted{want_input, !want_input, false};
+  std::array<StableIValue, 11> stack{
+      from(grad_y), from(x), from(weight), from(std::nullopt), from(stride), from(padding), from(ones), from(false),
+      from(zeros), from(int64_t(1)), from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), unused = to<Tensor>(stack[2]);
+  return want_input ? grad_x : grad_weight;
+}
+
+Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding) {
+  const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
+  if (!sparse_pays(conv, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
+  Tensor y = empty(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());
+  if (y.numel() == 0) return y;
+  const void* packed = pack(conv, false, weight);
+  std::optional<Tensor> bias_values;
+  if (bias) bias_values = torch::stable::contiguous(*bias);
+  const void* bias_data = bias ? bias_values->data_ptr() : nullptr;
+  const Images from = images(x), to = {y.data_ptr(), from.channels_last};
+  parallel_parts(conv.B, (conv.O + 15) / 16, [&](Part part) { kernels().forward(conv, from, packed, bias_data, to, part); });
+  return y;
+}
+
+Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints stride, Ints padding, bool at_nonzeros) {
+  const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
+  const bool channels_last = !x.is_contiguous();
+  if (!sparse_pays(conv, active_fraction(grad_y))) {
+    const Tensor grad_x = with_format(dense_backward(grad_y, x, weight, stride, padding, true), channels_last);
+    if (at_nonzeros)
+      torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
+        const int64_t n = conv.C * conv.H * conv.W, size = int64_t(x.element_size());
+        kernels().keep(conv.dtype, static_cast<const char*>(x.data_ptr()) + begin * n * size,
+                       static_cast<char*>(grad_x.data_ptr()) + begin * n * size, (end - begin) * n);
+      });
+    return grad_x;
+  }
+  Tensor grad_x = empty(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
+  if (grad_x.numel() == 0) return grad_x;
+  const void* packed = pack(conv, true, weight);
+  const void* mask = at_nonzeros ? x.data_ptr() : nullptr;
+  const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
+  parallel_parts(conv.B, (conv.C + 15) / 16, [&](Part part) { kernels().grad_input(conv, from, packed, mask, to, part); });
+  return grad_x;
+}
+
+Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints stride, Ints padding) {
+  const Conv2d conv = sizes(x, grad_y.size(1), kernel_size[0], kernel_size[1], stride, padding);
+  const double in_x = active_fraction(x), in_grad = active_fraction(grad_y);
+  const double by_input = in_x * double(conv.H * conv.W), by_grad = in_grad * double(conv.OH * conv.OW);
+  Tensor grad_weight = empty(x, {conv.O, conv.C, conv.KH, conv.KW}, false);
+  if (!sparse_pays(conv, by_grad < by_input ? in_grad : in_x))
+    return with_format(dense_backward(grad_y, x, grad_weight, stride, padding, false), false);
+  const Images from_grad = images(grad_y), from_x = images(x);
+  void* out = grad_weight.data_ptr();
+  torch::stable::parallel_for(0, by_grad < by_input ? conv.O : conv.C, 1, [&](int64_t begin, int64_t end) {
+    const auto kernel = by_grad < by_input ? kernels().grad_weight_by_grad : kernels().grad_weight_by_input;
+    kernel(conv, from_grad, from_x, out, begin, end - begin);
+  });
+  return grad_weight;
+}
+
+} // namespace
+} // namespace sparsekern
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("sparse_conv2d", TORCH_BOX(&sparsekern::sparse_conv2d));
+  m.impl("sparse_conv2d_grad_input", TORCH_BOX(&sparsekern::sparse_conv2d_grad_input));
+  m.impl("sparse_conv2d_grad_weight", TORCH_BOX(&sparsekern::sparse_conv2d_grad_weight));
+}

@@ -1,1 +1,51 @@
-// sparse_conv2d
+// Convolution over the non-zeros of its input: what the registration (sparse_conv2d.cpp) and the kernels share.
+#pragma once
+#include "isa.h"
+
+namespace sparsekern {
+
+// y (B, O, OH, OW) from x (B, C, H, W) and weight (O, C, KH, KW); stride (SH, SW), padding (PH, PW).
+struct Conv2d {
+  int64_t B, C, H, W, O, KH, KW, OH, OW, SH, SW, PH, PW;
+  DType dtype;
+};
+
+// A batch of images, contiguous (NCHW) or channels-last (NHWC).
+struct Images {
+  void* data;
+  bool channels_last;
+};
+
+constexpr int64_t kMaxKernelWidth = 64; // wider kernels take the dense way
+
+// A kernel call works for one range of samples and one range of panels (16 channels of the result each), on the calling
+// thread; every sum has one fixed order, whatever the ranges.
+struct Part {
+  int64_t first_sample, samples, first_panel, panels;
+};
+
+struct SparseConv2dKernels {
+  // Non-zeros (NaN among them) of n elements.
+  int64_t (*count)(DType dtype, const void* x, int64_t n);
+  // out = x where mask is not zero, else zero.
+  void (*keep)(DType dtype, const void* mask, void* x, int64_t n);
+
+  // The weight (strides of O, C, KH, KW in elements) as one call reads it: accumulator type, bytes(...) long.
+  // `transposed`: for the gradient of the input, else for the forward.
+  size_t (*packed_bytes)(const Conv2d& conv, bool transposed);
+  void (*pack)(const Conv2d& conv, bool transposed, const void* weight, const int64_t stride[4], void* packed,
+               int64_t first_panel, int64_t panels);
+  // y = conv(x) + bias, over the non-zeros of x. bias may be null.
+  void (*forward)(const Conv2d& conv, Images x, const void* packed, const void* bias, Images y, Part part);
+  // grad_x over the non-zeros of grad_y; with `mask` (an x, laid out as grad_x) only where that is not zero.
+  void (*grad_input)(const Conv2d& conv, Images grad_y, const void* packed, const void* mask, Images grad_x, Part part);
+
+  // grad_weight (contiguous) of filters first..first+n from the non-zeros of grad_y,
+  void (*grad_weight_by_grad)(const Conv2d& conv, Images grad_y, Images x, void* grad_weight, int64_t first, int64_t n);
+  // or of channels first..first+n from the non-zeros of x.
+  void (*grad_weight_by_input)(const Conv2d& conv, Images grad_y, Images x, void* grad_weight, int64_t first, int64_t n);
+};
+
+extern const SparseConv2dKernels sparse_conv2d_baseline, sparse_conv2d_avx2, sparse_conv2d_avx512;
+
+} // namespace sparsekern

@@ -1,0 +1,153 @@
+// How a convolution is cut into passes over rows, and the kernel of one pass.
+#pragma once
+#include "sparse_conv2d_lists.h"
+
+namespace sparsekern {
+namespace {
+
+constexpr int kMaxTaps = 5;
+// Outputs of a segment: what the registers hold of 16-lane sums, beside a broadcast and a weight.
+#if defined(__AVX512F__)
+template <class A> constexpr int kMaxSegment = sizeof(A) == 4 ? 14 : 8;
+#elif defined(__AVX2__)
+template <class A> constexpr int kMaxSegment = sizeof(A) == 4 ? 6 : 2;
+#else
+template <class A> constexpr int kMaxSegment = 2;
+#endif
+
+// Taps kw, kw + kw_step, ... of a kernel row; output i of phase `phase` meets tap t in padded column
+// column + (i + t) * step.
+struct Group {
+  int taps;
+  int64_t kw, kw_step, column, phase;
+};
+
+// Result columns first, first + phase_count, ...: those that the same taps reach.
+struct Phase {
+  int64_t first, count;
+};
+
+// Forward: strides leave one phase of the result, and the columns of the source are taken `step` apart. Input gradient:
+// the source is grad_y, the result grad_x; column w of grad_x meets only the taps kw with w + PW - kw divisible by SW, so
+// that there are SW phases, each a convolution of stride 1 with the taps reversed.
+struct Plan {
+  bool transposed;
+  View source{0, 0, 0, false}, result{0, 0, 0, false};
+  int64_t KH, step, pad, pitch, segment, width;
+  int group_count, phase_count;
+  int64_t taps; // over all groups: KW
+  Group groups[kMaxKernelWidth];
+  Phase phases[kMaxKernelWidth];
+
+  int64_t panels() const { return (result.channels + kLanes - 1) / kLanes; }
+  int64_t panel_size() const { return KH * taps * source.channels * kLanes; }
+  // Where the packed weights (panel, kh, group, source channel, tap, 16) hold a slice.
+  int64_t slice(int64_t panel, int64_t kh, int g) const {
+    int64_t before = 0;
+    for (int i = 0; i < g; i++) before += groups[i].taps;
+    return panel * panel_size() + (kh * taps + before) * source.channels * kLanes;
+  }
+  // The source row that kernel row kh brings to a result row; outside the source where there is none.
+  int64_t source_row(const Conv2d& conv, int64_t row, int64_t kh) const {
+    if (!transposed) return row * conv.SH + kh - conv.PH;
+    const int64_t shifted = row + conv.PH - kh;
+    return shifted >= 0 && shifted % conv.SH == 0 ? shifted / conv.SH : -1;
+  }
+};
+
+Plan make_plan(const Conv2d& conv, bool transposed) {
+  Plan plan;
+  plan.transposed = transposed;
+  plan.KH = conv.KH;
+  plan.taps = conv.KW;
+  plan.source = transposed ? View(conv.O, conv.OH, conv.OW, false) : View(conv.C, conv.H, conv.W, false);
+  plan.result = transposed ? View(conv.C, conv.H, conv.W, false) : View(conv.O, conv.OH, conv.OW, false);
+  plan.step = transposed ? 1 : conv.SW;
+  plan.pad = transposed ? (conv.KW - 1) / conv.SW : conv.PW;
+  plan.phase_count = transposed ? int(conv.SW) : 1;
+  plan.group_count = 0;
+  int64_t columns = 0, last_shift = 0;
+  for (int64_t r = 0; r < conv.SW; r++) {
+    // Result column m * SW + r - PW, m from `low`, is output m - low of phase r.
+    const int64_t low = conv.PW > r ? (conv.PW - r + conv.SW - 1) / conv.SW : 0;
+    if (transposed) {
+      const int64_t high = conv.W - 1 + conv.PW - r;
+      const int64_t count = high < 0 || high / conv.SW < low ? 0 : high / conv.SW - low + 1;
+      plan.phases[r] = {low * conv.SW + r - conv.PW, count};
+      columns = count > columns ? count : columns;
+      last_shift = low > last_shift ? low : last_shift;
+    }
+    const int64_t taps = r < conv.KW ? (conv.KW - r + conv.SW - 1) / conv.SW : 0;
+    const int64_t chunks = (taps + kMaxTaps - 1) / kMaxTaps;
+    for (int64_t i = 0; i < chunks; i++) {
+      const int64_t first = taps * i / chunks, n = taps * (i + 1) / chunks - first;
+      Group& group = plan.groups[plan.group_count++];
+      group.taps = int(n);
+      group.phase = transposed ? r : 0;
+      group.kw = r + conv.SW * (transposed ? first + n - 1 : first);
+      group.kw_step = transposed ? -conv.SW : conv.SW;
+      group.column = transposed ? plan.pad + low - first - n + 1 : group.kw;
+    }
+  }
+  if (!transposed) {
+    plan.phases[0] = {0, conv.OW};
+    columns = conv.OW;
+  }
+  const int64_t longest = conv.dtype == DType::f64 ? kMaxSegment<double> : kMaxSegment<float>;
+  const int64_t segments = (columns + longest - 1) / longest;
+  plan.segment = segments == 0 ? 2 : ((columns + segments - 1) / segments + 1) / 2 * 2;
+  plan.width = segments * plan.segment;
+  const int64_t reach = transposed ? plan.width + last_shift + plan.pad : plan.width * conv.SW + conv.KW;
+  const int64_t image = plan.pad + plan.source.columns;
+  plan.pitch = (reach > image ? reach : image) + 2;
+  return plan;
+}
+
+template <class A> using row_fn = void (*)(const A*, const int32_t*, const int32_t*, int64_t, const A*, A*);
+
+// Column `column` of the segment: adds its non-zeros to the outputs column - t that exist.
+template <class A, int kSegment, int kTaps, int kColumn>
+SPARSEKERN_INLINE void add_columns(vec<A> (&sums)[kSegment], const A* value, const int32_t* channel, const int32_t* start,
+                                   int64_t step, const A* weight) {
+  if constexpr (kColumn < kSegment + kTaps - 1) {
+    const int64_t begin = start[kColumn * step], end = start[kColumn * step + 1];
+    for (int64_t i = begin; i < end; i++) {
+      const vec<A> v = splat(value[i]);
+      const A* w = weight + int64_t(channel[i]) * (kTaps * kLanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTaps; t++)
+        if (kColumn - t >= 0 && kColumn - t < kSegment)
+          sums[kColumn - t] = fma(v, load(w + t * kLanes), sums[kColumn - t]);
+    }
+    add_columns<A, kSegment, kTaps, kColumn + 1>(sums, value, channel, start, step, weight);
+  }
+}
+
+template <class A, int kSegment, int kTaps>
+void add_row(const A* value, const int32_t* channel, const int32_t* start, int64_t step, const A* weight, A* out) {
+  vec<A> sums[kSegment];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSegment; i++) sums[i] = load(out + i * kLanes);
+  add_columns<A, kSegment, kTaps, 0>(sums, value, channel, start, step, weight);
+#pragma GCC unroll 16
+  for (int i = 0; i < kSegment; i++) store(out + i * kLanes, sums[i]);
+}
+
+template <class A, int kSegment> row_fn<A> find_row_of(int taps) {
+  switch (taps) {
+    case 1: return add_row<A, kSegment, 1>;
+    case 2: return add_row<A, kSegment, 2>;
+    case 3: return add_row<A, kSegment, 3>;
+    case 4: return add_row<A, kSegment, 4>;
+    default: return add_row<A, kSegment, 5>;
+  }
+}
+
+template <class A, int kSegment = 2> row_fn<A> find_row(int64_t segment, int taps) {
+  if constexpr (kSegment < kMaxSegment<A>)
+    if (segment > kSegment) return find_row<A, kSegment + 2>(segment, taps);
+  return find_row_of<A, kSegment>(taps);
+}
+
+} // namespace
+} // namespace sparsekern
