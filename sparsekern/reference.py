@@ -54,7 +54,7 @@ def sparse_linear(
 ) -> Tensor:
     """See :func:`sparsekern.functional.sparse_linear`."""
     _sparse_linear.check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
-    x, weight, bias = _check.autocast(x, weight, bias)
+    x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
     x = _grad_at_nonzeros(x) if sparse_input_grad else x
     return torch.nn.functional.linear(x, densify(weight, ccol_indices, row_indices, out_features), bias)
 
@@ -71,5 +71,6 @@ def sparse_conv2d(
     """See :func:`sparsekern.functional.sparse_conv2d`."""
     stride, padding = pair("sparse_conv2d", "stride", stride, 1), pair("sparse_conv2d", "padding", padding, 0)
     check_sparse_conv2d(x, weight, bias, stride, padding)
+    x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
     x = _grad_at_nonzeros(x) if sparse_input_grad else x
     return torch.nn.functional.conv2d(x, weight, bias, stride, padding)

@@ -46,10 +46,16 @@ def density(op: str, value: float) -> None:
         raise ValueError(f"{op}: wants density in (0, 1], got {value}")
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors cast to the autocast dtype where autocast is on, as the dense layers' are (float64 is left alone)."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None or t.dtype in (torch.float64, dtype) else t.to(dtype) for t in tensors)
+def autocast(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors cast to the autocast dtype where autocast is on, as the dense layers' are (float64 is left alone).
+
+    Raises where they are not all of one dtype then, or not on one device.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, bias = (
+            t if t is None or t.dtype in (torch.float64, dtype) else t.to(dtype) for t in (x, weight, bias)
+        )
+    same(op, x, weight=weight, bias=bias)
+    return x, weight, bias

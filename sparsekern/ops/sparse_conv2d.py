@@ -104,8 +104,6 @@ def check_sparse_conv2d(x, weight, bias, stride, padding) -> None:
             )
     if bias is not None:
         _check.shape(op, "bias", bias, (weight.shape[0],))
-    if not torch.is_autocast_enabled(x.device.type):
-        _check.same(op, x, weight=weight, bias=bias)
 
 
 def sparse_conv2d(
@@ -138,7 +136,7 @@ def sparse_conv2d(
     stride = pair("sparse_conv2d", "stride", stride, 1)
     padding = pair("sparse_conv2d", "padding", padding, 0)
     check_sparse_conv2d(x, weight, bias, stride, padding)
-    x, weight, bias = _check.autocast(x, weight, bias)
+    x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
     batch = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0))
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

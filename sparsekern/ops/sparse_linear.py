@@ -69,8 +69,6 @@ def check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias
         raise ValueError(f"{op}: wants weight of shape ({len(row_indices)}, group_size), got {tuple(weight.shape)}")
     if bias is not None:
         _check.shape(op, "bias", bias, (out_features,))
-    if not torch.is_autocast_enabled(x.device.type):
-        _check.same(op, x, weight=weight, bias=bias)
     for name, t in (("ccol_indices", ccol_indices), ("row_indices", row_indices)):
         if t.dtype != torch.int32:
             raise TypeError(f"{op}: wants {name} in int32, got {t.dtype}")
@@ -112,7 +110,7 @@ def sparse_linear(
         TypeError: not floating point, different dtypes, indices not int32.
     """
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
-    x, weight, bias = _check.autocast(x, weight, bias)
+    x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
