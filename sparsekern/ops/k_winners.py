@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.ops import _check
 from sparsekern.ops import k_winners_reference as reference
-from sparsekern.ops._library import define
+from sparsekern.ops._library import define, library
 
 
 def _k_winners_fake(x, k, duty_cycle, boost_strength, channels, inner):
@@ -41,6 +41,22 @@ define(
     reference=reference.update_duty_cycle_,
     fake=lambda duty_cycle, samples_seen, counts, period, rows_per_sample, locations: None,
 )
+
+
+@torch.library.register_vmap("sparsekern::update_duty_cycle_", lib=library)
+def _update_duty_cycle_vmap(info, in_dims, duty_cycle, samples_seen, counts, period, rows_per_sample, locations):
+    """vmap makes one batch of its samples; with stacked buffers (an ensemble) each member has its own."""
+    if in_dims[0] is None and in_dims[1] is None:
+        counts = counts.sum(in_dims[2])
+        torch.ops.sparsekern.update_duty_cycle_(duty_cycle, samples_seen, counts, period, rows_per_sample, locations)
+        return None, None
+    if in_dims[0] is None or in_dims[1] is None:
+        raise ValueError("update_duty_cycle_: wants both duty_cycle and samples_seen stacked under vmap, got one")
+    state = (duty_cycle, samples_seen, counts)
+    for i in range(info.batch_size):
+        member = (t if dim is None else t.select(dim, i) for t, dim in zip(state, in_dims, strict=False))
+        torch.ops.sparsekern.update_duty_cycle_(*member, period, rows_per_sample, locations)
+    return None, None
 
 
 class KWinnersFunction(torch.autograd.Function):
