@@ -1,1 +1,34 @@
-// k_winners
+// k-winners (Algorithm 1): what the kernels of one instruction set offer.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sparsekern {
+
+struct KWinnersArgs {
+  DType dtype;
+  const void* x;        // (rows, n)
+  void* y;              // (rows, n)
+  uint8_t* winners;     // (rows, 2 * ceil(n / 16)): a bit a unit, the lowest first
+  const float* factors; // (n,): what each unit is multiplied by before the comparison, or null
+  int64_t n, k;
+  int64_t channels, inner; // unit u belongs to channel u / inner % channels
+};
+
+struct KWinnersKernels {
+  // factors[u] = exp(strength * (target - duty_cycle[channel of u])), taken in double and rounded once.
+  void (*boost_factors)(const float* duty_cycle, double target, double strength, int64_t channels, int64_t inner,
+                        int64_t n, float* factors);
+  // Rows begin..end: y, winners, and the wins of each channel added to counts (channels,).
+  void (*forward)(const KWinnersArgs& args, int64_t begin, int64_t end, int64_t* counts);
+  // Rows begin..end of grad_x (rows, n): grad_y where the winners' bit is set, else 0.
+  void (*backward)(DType dtype, const void* grad_y, const uint8_t* winners, void* grad_x, int64_t n, int64_t begin,
+                   int64_t end);
+  // duty_cycle = duty_cycle * keep + counts / divisor (equation 6).
+  void (*update)(float* duty_cycle, const int64_t* counts, int64_t channels, double keep, double divisor);
+};
+
+extern const KWinnersKernels k_winners_baseline, k_winners_avx2, k_winners_avx512;
+
+} // namespace sparsekern

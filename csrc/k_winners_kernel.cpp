@@ -1,1 +1,260 @@
-// k_winners
+// k-winners, one row at a time: integer keys of the boosted units, the exact threshold (k_winners_select.h), then output,
+// winners' bits and counts in one pass.
+#include "k_winners.h"
+
+#include "k_winners_select.h"
+#include "vec.h"
+
+namespace sparsekern {
+namespace {
+
+enum Slot { kKeys, kRoom, kCounts };
+
+template <class T> struct key_for { using type = int32_t; };
+template <> struct key_for<double> { using type = int64_t; };
+template <class T> using key_t = typename key_for<T>::type;
+
+// exp in double to about 1 ulp, written so that the compiler makes it a vector loop: 2^n times the Taylor series on
+// |r| <= ln(2)/2, whose first dropped term is below 2^-57. The result is rounded to float, where every body agrees.
+SPARSEKERN_INLINE double exp_double(double x) {
+  x = x < -700 ? -700 : x > 700 ? 700 : x; // beyond, float is 0 or infinite all the same
+  const double shifted = x * 1.4426950408889634 + 0x1.8p52; // the integer is in the low bits
+  const double n = shifted - 0x1.8p52;
+  const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  double p = 1.0 / 6227020800;
+  p = p * r + 1.0 / 479001600, p = p * r + 1.0 / 39916800, p = p * r + 1.0 / 3628800, p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320, p = p * r + 1.0 / 5040, p = p * r + 1.0 / 720, p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24, p = p * r + 1.0 / 6, p = p * r + 0.5, p = p * r + 1, p = p * r + 1;
+  int64_t bits;
+  std::memcpy(&bits, &shifted, 8);
+  bits = (bits + 1023) << 52;
+  double scale;
+  std::memcpy(&scale, &bits, 8);
+  return p * scale;
+}
+
+void boost_factors(const float* duty_cycle, double target, double strength, int64_t channels, int64_t inner, int64_t n,
+                   float* factors) {
+  for (int64_t c = 0; c < channels && c * inner < n; c++)
+    factors[c * inner] = float(exp_double(strength * (target - double(duty_cycle[c]))));
+  const int64_t period = channels * inner;
+  if (inner > 1)
+    for (int64_t c = 0; c < channels && c * inner < n; c++) {
+      const int64_t end = (c + 1) * inner < n ? (c + 1) * inner : n;
+      for (int64_t u = c * inner + 1; u < end; u++) factors[u] = factors[c * inner];
+    }
+  for (int64_t u = period; u < n; u++) factors[u] = factors[u - period];
+}
+
+// Keys of a row, padded to whole vectors, and the range that they lie in.
+template <class T, bool kBoosted>
+SPARSEKERN_INLINE void make_keys(const T* x, const float* factors, int64_t n, key_t<T>* keys, key_t<T>& lo, key_t<T>& hi) {
+  using K = key_t<T>;
+  using A = acc_t<T>;
+  vec<K> low = splat(key_traits<K>::nan), high = splat(K(key_traits<K>::lowest));
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    vec<A> v = load(x + j);
+    if constexpr (kBoosted) v *= __builtin_convertvector(load(factors + j), vec<A>);
+    const vec<K> key = key_of<K>(v);
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+    store_keys(keys + j, key);
+  }
+  if (j < n) {
+    vec<A> v = load_first(x + j, n - j);
+    if constexpr (kBoosted) v *= __builtin_convertvector(load_first(factors + j, n - j), vec<A>);
+    store_keys(keys + j, key_of<K>(v));
+    pad(keys, n);
+    const vec<K> key = load_keys(keys + j);
+    high = key > high ? key : high;
+    for (; j < n; j++) low[0] = keys[j] < low[0] ? keys[j] : low[0];
+  }
+  lo = low[0], hi = high[0];
+  for (int i = 1; i < kLanes; i++) {
+    lo = low[i] < lo ? low[i] : lo;
+    hi = high[i] > hi ? high[i] : hi;
+  }
+}
+
+// Lowers `surplus` of the keys that equal t to t - 1: the last ones in channel-major order, so that the lowest index wins.
+template <class K>
+void drop_ties(K* keys, const KWinnersArgs& a, K t, int64_t surplus, int64_t* ties /* (channels,) */) {
+  const auto last_ties = [&](auto&& drop) { // from the end of the row, until drop() says that it is enough
+    for (int64_t j = (a.n - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
+      uint32_t bits = mask_ge(keys + j, t) & ~(t == key_traits<K>::nan ? 0 : mask_ge(keys + j, t + 1));
+      for (; bits != 0; bits &= ~(1u << (31 - __builtin_clz(bits))))
+        if (!drop(j + 31 - __builtin_clz(bits))) return;
+    }
+  };
+  if (a.channels * a.inner >= a.n) { // memory order is channel-major order
+    last_ties([&](int64_t u) { keys[u] = t - 1; return --surplus > 0; });
+    return;
+  }
+  for (int64_t c = 0; c < a.channels; c++) ties[c] = 0;
+  last_ties([&](int64_t u) { ties[u / a.inner % a.channels]++; return true; });
+  for (int64_t c = a.channels - 1; c >= 0; c--) { // ties[c] becomes the number that channel c loses
+    ties[c] = ties[c] < surplus ? ties[c] : surplus;
+    surplus -= ties[c];
+  }
+  last_ties([&](int64_t u) {
+    int64_t& lost = ties[u / a.inner % a.channels];
+    if (lost > 0) lost--, keys[u] = t - 1;
+    return true;
+  });
+}
+
+// Sixteen of x where the bit is set, 0 elsewhere.
+template <class T> SPARSEKERN_INLINE void keep(const T* x, uint32_t bits, T* y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_si256((__m256i*)y, _mm256_maskz_loadu_epi16(__mmask16(bits), x));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_si512(y, _mm512_maskz_loadu_epi32(__mmask16(bits), x));
+  } else {
+    _mm512_storeu_si512(y, _mm512_maskz_loadu_epi64(__mmask8(bits), x));
+    _mm512_storeu_si512(y + 8, _mm512_maskz_loadu_epi64(__mmask8(bits >> 8), x + 8));
+  }
+#else
+  for (int i = 0; i < kLanes; i++) {
+    T zero{};
+    y[i] = (bits >> i) & 1 ? x[i] : zero;
+  }
+#endif
+}
+template <class T> SPARSEKERN_INLINE void keep_first(const T* x, uint32_t bits, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = (bits >> i) & 1 ? x[i] : T{};
+}
+
+SPARSEKERN_INLINE void add_bits(int32_t* counts, uint32_t bits) {
+#if defined(__AVX512F__)
+  const __m512i c = _mm512_loadu_si512(counts);
+  _mm512_storeu_si512(counts, _mm512_mask_add_epi32(c, __mmask16(bits), c, _mm512_set1_epi32(1)));
+#else
+  for (int i = 0; i < kLanes; i++) counts[i] += int32_t((bits >> i) & 1);
+#endif
+}
+
+SPARSEKERN_INLINE void store_bits(uint8_t* p, uint32_t bits) { p[0] = uint8_t(bits), p[1] = uint8_t(bits >> 8); }
+SPARSEKERN_INLINE uint32_t load_bits(const uint8_t* p) { return p[0] | uint32_t(p[1]) << 8; }
+
+// Set bits among begin..end.
+SPARSEKERN_INLINE int64_t count_bits(const uint8_t* winners, int64_t begin, int64_t end) {
+  int64_t total = 0;
+  for (int64_t u = begin; u < end;) {
+    if (u % 8 == 0 && u + 64 <= end) {
+      uint64_t word;
+      std::memcpy(&word, winners + u / 8, 8);
+      total += __builtin_popcountll(word), u += 64;
+    } else {
+      const int64_t stop = (u / 8 + 1) * 8 < end ? (u / 8 + 1) * 8 : end;
+      const uint32_t byte = winners[u / 8] >> (u % 8);
+      total += __builtin_popcount(byte & ((1u << (stop - u)) - 1)), u = stop;
+    }
+  }
+  return total;
+}
+
+// The wins of a row by its bits, where they were not counted lane by lane.
+void count_row(const uint8_t* winners, const KWinnersArgs& a, int64_t* counts) {
+  if (a.inner >= kLanes) {
+    for (int64_t u = 0, c = 0; u < a.n; u += a.inner, c = c + 1 == a.channels ? 0 : c + 1)
+      counts[c] += count_bits(winners, u, u + a.inner < a.n ? u + a.inner : a.n);
+    return;
+  }
+  for (int64_t j = 0; j < a.n; j += kLanes)
+    for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1)
+      counts[(j + __builtin_ctz(bits)) / a.inner % a.channels]++;
+}
+
+// Output, bits and, if `lanes` is given, counts: unit j's at lanes[j % period].
+template <class T>
+SPARSEKERN_INLINE void emit(const T* x, const key_t<T>* keys, key_t<T> t, int64_t n, T* y, uint8_t* winners,
+                            int32_t* lanes, int64_t period) {
+  int64_t j = 0, c = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const uint32_t bits = mask_ge(keys + j, t);
+    keep(x + j, bits, y + j);
+    store_bits(winners + j / 8, bits);
+    if (lanes != nullptr) {
+      add_bits(lanes + c, bits);
+      c = c + kLanes >= period ? 0 : c + kLanes;
+    }
+  }
+  if (j < n) {
+    const uint32_t bits = mask_ge(keys + j, t) & ((1u << (n - j)) - 1);
+    keep_first(x + j, bits, y + j, n - j);
+    store_bits(winners + j / 8, bits);
+    if (lanes != nullptr) add_bits(lanes + c, bits);
+  }
+}
+
+template <class T> void forward_rows(const KWinnersArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+  using K = key_t<T>;
+  const int64_t padded = (a.n + kLanes - 1) / kLanes * kLanes, bytes = padded / 8;
+  K* keys = static_cast<K*>(scratch(kKeys, size_t(padded) * sizeof(K)));
+  K* room = static_cast<K*>(scratch(kRoom, size_t(padded + kLanes) * sizeof(K)));
+  int64_t* ties = static_cast<int64_t*>(scratch(kCounts, size_t(a.channels + kLanes) * 12));
+  // Lane counters serve where a vector of units never wraps around the channels.
+  const bool by_lane = a.inner == 1 && (a.channels == a.n || a.channels % kLanes == 0);
+  int32_t* lanes = by_lane ? reinterpret_cast<int32_t*>(ties + a.channels) : nullptr;
+  if (by_lane) std::memset(lanes, 0, size_t(a.channels + kLanes) * 4 - 32);
+  for (int64_t row = begin; row < end; row++) {
+    const T* x = static_cast<const T*>(a.x) + row * a.n;
+    T* y = static_cast<T*>(a.y) + row * a.n;
+    uint8_t* winners = a.winners + row * bytes;
+    K lo, hi, t;
+    if (a.factors != nullptr) make_keys<T, true>(x, a.factors, a.n, keys, lo, hi);
+    else make_keys<T, false>(x, nullptr, a.n, keys, lo, hi);
+    if (a.k == 0) {
+      std::memset(y, 0, size_t(a.n) * sizeof(T)), std::memset(winners, 0, size_t(bytes));
+      continue;
+    }
+    int64_t surplus;
+    t = threshold(keys, a.n, a.k, lo, hi, room, surplus);
+    if (surplus > 0) drop_ties(keys, a, t, surplus, ties);
+    emit(x, keys, t, a.n, y, winners, lanes, a.channels);
+    if (!by_lane) count_row(winners, a, counts);
+  }
+  if (by_lane) for (int64_t c = 0; c < a.channels; c++) counts[c] += lanes[c];
+}
+
+void forward(const KWinnersArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+  if (a.n == 0) return;
+  // A 32-bit lane counter takes n / channels wins a row at most.
+  const int64_t step = (int64_t(1) << 30) / (a.n / a.channels + 1) + 1;
+  for (int64_t row = begin; row < end; row += step)
+    dispatch(a.dtype, [&]<class T>() { forward_rows<T>(a, row, row + step < end ? row + step : end, counts); });
+}
+
+template <class T>
+SPARSEKERN_INLINE void backward_rows(const T* grad_y, const uint8_t* winners, T* grad_x, int64_t n, int64_t begin,
+                                     int64_t end) {
+  const int64_t bytes = (n + kLanes - 1) / kLanes * 2;
+  for (int64_t row = begin; row < end; row++) {
+    const T* g = grad_y + row * n;
+    T* out = grad_x + row * n;
+    const uint8_t* w = winners + row * bytes;
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) keep(g + j, load_bits(w + j / 8), out + j);
+    if (j < n) keep_first(g + j, load_bits(w + j / 8), out + j, n - j);
+  }
+}
+
+void backward(DType dtype, const void* grad_y, const uint8_t* winners, void* grad_x, int64_t n, int64_t begin,
+              int64_t end) {
+  dispatch(dtype, [&]<class T>() {
+    backward_rows(static_cast<const T*>(grad_y), winners, static_cast<T*>(grad_x), n, begin, end);
+  });
+}
+
+void update(float* duty_cycle, const int64_t* counts, int64_t channels, double keep, double divisor) {
+  for (int64_t c = 0; c < channels; c++)
+    duty_cycle[c] = float(double(duty_cycle[c]) * keep + double(counts[c]) / divisor);
+}
+
+} // namespace
+
+const KWinnersKernels SPARSEKERN_TABLE(k_winners) = {boost_factors, forward, backward, update};
+
+} // namespace sparsekern
