@@ -14,36 +14,50 @@ template <class T> struct key_for { using type = int32_t; };
 template <> struct key_for<double> { using type = int64_t; };
 template <class T> using key_t = typename key_for<T>::type;
 
-// exp in double to about 1 ulp, written so that the compiler makes it a vector loop: 2^n times the Taylor series on
-// |r| <= ln(2)/2, whose first dropped term is below 2^-57. The result is rounded to float, where every body agrees.
-SPARSEKERN_INLINE double exp_double(double x) {
-  x = x < -700 ? -700 : x > 700 ? 700 : x; // beyond, float is 0 or infinite all the same
-  const double shifted = x * 1.4426950408889634 + 0x1.8p52; // the integer is in the low bits
-  const double n = shifted - 0x1.8p52;
-  const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-  double p = 1.0 / 6227020800;
-  p = p * r + 1.0 / 479001600, p = p * r + 1.0 / 39916800, p = p * r + 1.0 / 3628800, p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320, p = p * r + 1.0 / 5040, p = p * r + 1.0 / 720, p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24, p = p * r + 1.0 / 6, p = p * r + 0.5, p = p * r + 1, p = p * r + 1;
-  int64_t bits;
-  std::memcpy(&bits, &shifted, 8);
-  bits = (bits + 1023) << 52;
-  double scale;
-  std::memcpy(&scale, &bits, 8);
-  return p * scale;
+// Eight lanes: wider than a register, GCC 12 would take comparisons and conversions apart into scalars.
+constexpr int kFactors = 8;
+typedef double factors_t __attribute__((vector_size(8 * kFactors)));
+typedef int64_t factor_bits_t __attribute__((vector_size(8 * kFactors)));
+typedef float narrow_t __attribute__((vector_size(4 * kFactors)));
+
+// exp in double to about 1 ulp: 2^n times the Taylor series on |r| <= ln(2)/2, whose first dropped term is below 2^-57.
+// The result is rounded to float, where every body agrees.
+SPARSEKERN_INLINE factors_t exp_double(factors_t x) {
+  x = x < -700 ? factors_t{} - 700 : x; // beyond, float is 0 or infinite all the same; NaN stays
+  x = x > 700 ? factors_t{} + 700 : x;
+  const factors_t shifted = x * 1.4426950408889634 + 0x1.8p52; // the integer is in the low bits
+  const factors_t n = shifted - 0x1.8p52;
+  const factors_t r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33; // ln(2) in two parts, the first short
+  factors_t p = factors_t{} + 1.0 / 6227020800;
+  constexpr double kSeries[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                                1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+  for (const double c : kSeries) p = p * r + c;
+  return p * (factors_t)(((factor_bits_t)shifted + 1023) << 52);
 }
 
+// Expanded in place, from the last unit to the first, as a channel's factor is never right of its units.
 void boost_factors(const float* duty_cycle, double target, double strength, int64_t channels, int64_t inner, int64_t n,
                    float* factors) {
-  for (int64_t c = 0; c < channels && c * inner < n; c++)
-    factors[c * inner] = float(exp_double(strength * (target - double(duty_cycle[c]))));
-  const int64_t period = channels * inner;
+  const auto eight = [&](const float* duty_cycle, float* factors) {
+    narrow_t duty;
+    std::memcpy(&duty, duty_cycle, sizeof duty);
+    duty = __builtin_convertvector(exp_double((target - __builtin_convertvector(duty, factors_t)) * strength), narrow_t);
+    std::memcpy(factors, &duty, sizeof duty);
+  };
+  int64_t c = 0;
+  for (; c + kFactors <= channels; c += kFactors) eight(duty_cycle + c, factors + c);
+  if (c < channels) {
+    float rest[kFactors] = {};
+    std::memcpy(rest, duty_cycle + c, size_t(channels - c) * sizeof(float));
+    eight(rest, rest);
+    std::memcpy(factors + c, rest, size_t(channels - c) * sizeof(float));
+  }
   if (inner > 1)
-    for (int64_t c = 0; c < channels && c * inner < n; c++) {
-      const int64_t end = (c + 1) * inner < n ? (c + 1) * inner : n;
-      for (int64_t u = c * inner + 1; u < end; u++) factors[u] = factors[c * inner];
+    for (c = channels - 1; c >= 0; c--) {
+      const float factor = factors[c];
+      for (int64_t i = 0; i < inner; i++) factors[c * inner + i] = factor;
     }
-  for (int64_t u = period; u < n; u++) factors[u] = factors[u - period];
+  for (int64_t u = channels * inner; u < n; u++) factors[u] = factors[u - channels * inner];
 }
 
 // Keys of a row, padded to whole vectors, and the range that they lie in.
@@ -56,18 +70,18 @@ SPARSEKERN_INLINE void make_keys(const T* x, const float* factors, int64_t n, ke
   for (; j + kLanes <= n; j += kLanes) {
     vec<A> v = load(x + j);
     if constexpr (kBoosted) v *= __builtin_convertvector(load(factors + j), vec<A>);
-    const vec<K> key = key_of<K>(v);
-    low = key < low ? key : low;
-    high = key > high ? key : high;
+    const vec<K> key = key_of(v);
+    low = least(low, key);
+    high = most(high, key);
     store_keys(keys + j, key);
   }
   if (j < n) {
     vec<A> v = load_first(x + j, n - j);
     if constexpr (kBoosted) v *= __builtin_convertvector(load_first(factors + j, n - j), vec<A>);
-    store_keys(keys + j, key_of<K>(v));
+    store_keys(keys + j, key_of(v));
     pad(keys, n);
     const vec<K> key = load_keys(keys + j);
-    high = key > high ? key : high;
+    high = most(high, key);
     for (; j < n; j++) low[0] = keys[j] < low[0] ? keys[j] : low[0];
   }
   lo = low[0], hi = high[0];
@@ -77,31 +91,51 @@ SPARSEKERN_INLINE void make_keys(const T* x, const float* factors, int64_t n, ke
   }
 }
 
+template <class K> SPARSEKERN_INLINE uint32_t mask_eq(const K* keys, K t) {
+  return mask_ge(keys, t) & ~(t == key_traits<K>::nan ? 0 : mask_ge(keys, K(t + 1)));
+}
+
+// Lowers the last `surplus` of the keys that equal t to t - 1.
+template <class K> void drop_last(K* keys, int64_t n, K t, int64_t surplus) {
+  for (int64_t j = (n - 1) / kLanes * kLanes; surplus > 0; j -= kLanes) {
+    uint32_t bits = mask_eq(keys + j, t);
+    if (__builtin_popcount(bits) <= surplus) {
+      const vec<K> v = load_keys(keys + j);
+      store_keys(keys + j, v + (vec<K>)(v == splat(t))); // true is -1
+      surplus -= __builtin_popcount(bits);
+    } else {
+      for (; surplus > 0; surplus--) {
+        const int last = 31 - __builtin_clz(bits);
+        keys[j + last] = t - 1;
+        bits &= ~(1u << last);
+      }
+    }
+  }
+}
+
 // Lowers `surplus` of the keys that equal t to t - 1: the last ones in channel-major order, so that the lowest index wins.
 template <class K>
 void drop_ties(K* keys, const KWinnersArgs& a, K t, int64_t surplus, int64_t* ties /* (channels,) */) {
-  const auto last_ties = [&](auto&& drop) { // from the end of the row, until drop() says that it is enough
-    for (int64_t j = (a.n - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
-      uint32_t bits = mask_ge(keys + j, t) & ~(t == key_traits<K>::nan ? 0 : mask_ge(keys + j, t + 1));
-      for (; bits != 0; bits &= ~(1u << (31 - __builtin_clz(bits))))
-        if (!drop(j + 31 - __builtin_clz(bits))) return;
-    }
-  };
-  if (a.channels * a.inner >= a.n) { // memory order is channel-major order
-    last_ties([&](int64_t u) { keys[u] = t - 1; return --surplus > 0; });
-    return;
-  }
+  if (a.channels * a.inner >= a.n) return drop_last(keys, a.n, t, surplus); // memory order is channel-major
   for (int64_t c = 0; c < a.channels; c++) ties[c] = 0;
-  last_ties([&](int64_t u) { ties[u / a.inner % a.channels]++; return true; });
-  for (int64_t c = a.channels - 1; c >= 0; c--) { // ties[c] becomes the number that channel c loses
-    ties[c] = ties[c] < surplus ? ties[c] : surplus;
-    surplus -= ties[c];
-  }
-  last_ties([&](int64_t u) {
-    int64_t& lost = ties[u / a.inner % a.channels];
-    if (lost > 0) lost--, keys[u] = t - 1;
-    return true;
-  });
+  for (int64_t j = 0; j < a.n; j += kLanes)
+    for (uint32_t bits = mask_eq(keys + j, t); bits != 0; bits &= bits - 1)
+      ties[(j + __builtin_ctz(bits)) / a.inner % a.channels]++;
+  int64_t cut = a.channels - 1; // channels above it lose all their ties, it loses the last `surplus`
+  for (; ties[cut] < surplus; cut--) surplus -= ties[cut];
+  for (int64_t j = (a.n - 1) / kLanes * kLanes; j >= 0; j -= kLanes)
+    for (uint32_t bits = mask_eq(keys + j, t); bits != 0;) {
+      const int last = 31 - __builtin_clz(bits);
+      const int64_t channel = (j + last) / a.inner % a.channels;
+      bits &= ~(1u << last);
+      if (channel > cut || (channel == cut && surplus-- > 0)) keys[j + last] = t - 1;
+    }
+}
+
+template <class U> SPARSEKERN_INLINE vec<U> lane_bits() {
+  vec<U> v;
+  for (int i = 0; i < kLanes; i++) v[i] = U(1u << i);
+  return v;
 }
 
 // Sixteen of x where the bit is set, 0 elsewhere.
@@ -116,10 +150,11 @@ template <class T> SPARSEKERN_INLINE void keep(const T* x, uint32_t bits, T* y) 
     _mm512_storeu_si512(y + 8, _mm512_maskz_loadu_epi64(__mmask8(bits >> 8), x + 8));
   }
 #else
-  for (int i = 0; i < kLanes; i++) {
-    T zero{};
-    y[i] = (bits >> i) & 1 ? x[i] : zero;
-  }
+  using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  vec<U> v;
+  std::memcpy(&v, x, sizeof v);
+  v &= (vec<U>)((lane_bits<U>() & U(bits)) != 0);
+  std::memcpy(y, &v, sizeof v);
 #endif
 }
 template <class T> SPARSEKERN_INLINE void keep_first(const T* x, uint32_t bits, T* y, int64_t n) {
@@ -131,7 +166,9 @@ SPARSEKERN_INLINE void add_bits(int32_t* counts, uint32_t bits) {
   const __m512i c = _mm512_loadu_si512(counts);
   _mm512_storeu_si512(counts, _mm512_mask_add_epi32(c, __mmask16(bits), c, _mm512_set1_epi32(1)));
 #else
-  for (int i = 0; i < kLanes; i++) counts[i] += int32_t((bits >> i) & 1);
+  vec<int32_t> c = load_keys(counts);
+  c -= (vec<int32_t>)((lane_bits<int32_t>() & int32_t(bits)) != 0);
+  store_keys(counts, c);
 #endif
 }
 
@@ -199,6 +236,7 @@ template <class T> void forward_rows(const KWinnersArgs& a, int64_t begin, int64
   const bool by_lane = a.inner == 1 && (a.channels == a.n || a.channels % kLanes == 0);
   int32_t* lanes = by_lane ? reinterpret_cast<int32_t*>(ties + a.channels) : nullptr;
   if (by_lane) std::memset(lanes, 0, size_t(a.channels + kLanes) * 4 - 32);
+  Guess<K> guess{};
   for (int64_t row = begin; row < end; row++) {
     const T* x = static_cast<const T*>(a.x) + row * a.n;
     T* y = static_cast<T*>(a.y) + row * a.n;
@@ -211,7 +249,7 @@ template <class T> void forward_rows(const KWinnersArgs& a, int64_t begin, int64
       continue;
     }
     int64_t surplus;
-    t = threshold(keys, a.n, a.k, lo, hi, room, surplus);
+    t = threshold(keys, a.n, a.k, lo, hi, room, guess, surplus);
     if (surplus > 0) drop_ties(keys, a, t, surplus, ties);
     emit(x, keys, t, a.n, y, winners, lanes, a.channels);
     if (!by_lane) count_row(winners, a, counts);

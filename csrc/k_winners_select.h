@@ -20,11 +20,20 @@ template <> struct key_traits<int64_t> {
 };
 
 // NaN becomes the highest key, -0 the key of +0.
-template <class K> SPARSEKERN_INLINE vec<K> key_of(vec<typename key_traits<K>::real> x) {
-  const vec<K> bits = (vec<K>)(x + 0);
-  const vec<K> key = bits ^ ((bits >> (8 * sizeof(K) - 1)) & key_traits<K>::nan);
-  const vec<K> nan = (vec<K>)(x != x);
-  return (key & ~nan) | (nan & key_traits<K>::nan);
+SPARSEKERN_INLINE vec<int32_t> key_of(vec<float> x) {
+  const vec<int32_t> bits = (vec<int32_t>)(x + 0);
+  const vec<int32_t> key = bits ^ ((bits >> 31) & INT32_MAX);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return (vec<int32_t>)_mm512_mask_mov_epi32((__m512i)key, nan, _mm512_set1_epi32(INT32_MAX));
+#else
+  return blend((vec<int32_t>)(x != x), splat(INT32_MAX), key);
+#endif
+}
+SPARSEKERN_INLINE vec<int64_t> key_of(vec<double> x) {
+  const vec<int64_t> bits = (vec<int64_t>)(x + 0);
+  const vec<int64_t> key = bits ^ ((bits >> 63) & INT64_MAX);
+  return blend((vec<int64_t>)(x != x), splat(INT64_MAX), key);
 }
 template <class K> SPARSEKERN_INLINE typename key_traits<K>::real real_of(K key) {
   const K bits = key ^ ((key >> (8 * sizeof(K) - 1)) & key_traits<K>::nan);
@@ -36,6 +45,23 @@ template <class K> SPARSEKERN_INLINE typename key_traits<K>::real real_of(K key)
 template <class K> SPARSEKERN_INLINE vec<K> load_keys(const K* p) { vec<K> v; std::memcpy(&v, p, sizeof v); return v; }
 template <class K> SPARSEKERN_INLINE void store_keys(K* p, vec<K> v) { std::memcpy(p, &v, sizeof v); }
 
+SPARSEKERN_INLINE vec<int32_t> least(vec<int32_t> a, vec<int32_t> b) {
+#if defined(__AVX512F__)
+  return (vec<int32_t>)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#else
+  return blend((vec<int32_t>)(a < b), a, b);
+#endif
+}
+SPARSEKERN_INLINE vec<int32_t> most(vec<int32_t> a, vec<int32_t> b) {
+#if defined(__AVX512F__)
+  return (vec<int32_t>)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return blend((vec<int32_t>)(a > b), a, b);
+#endif
+}
+SPARSEKERN_INLINE vec<int64_t> least(vec<int64_t> a, vec<int64_t> b) { return blend((vec<int64_t>)(a < b), a, b); }
+SPARSEKERN_INLINE vec<int64_t> most(vec<int64_t> a, vec<int64_t> b) { return blend((vec<int64_t>)(a > b), a, b); }
+
 // Bit i is set where keys[i] >= t, i in 0..15.
 SPARSEKERN_INLINE uint32_t mask_ge(const int32_t* keys, int32_t t) {
 #if defined(__AVX512F__)
@@ -45,6 +71,14 @@ SPARSEKERN_INLINE uint32_t mask_ge(const int32_t* keys, int32_t t) {
   const __m256i a = _mm256_cmpgt_epi32(below, _mm256_loadu_si256((const __m256i*)keys));
   const __m256i b = _mm256_cmpgt_epi32(below, _mm256_loadu_si256((const __m256i*)(keys + 8)));
   return 0xffffu ^ (uint32_t(_mm256_movemask_ps((__m256)a)) | uint32_t(_mm256_movemask_ps((__m256)b)) << 8);
+#elif defined(__SSE2__)
+  const __m128i below = _mm_set1_epi32(t);
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; i++) {
+    const __m128i less = _mm_cmpgt_epi32(below, _mm_loadu_si128((const __m128i*)(keys + 4 * i)));
+    bits |= uint32_t(_mm_movemask_ps((__m128)less)) << (4 * i);
+  }
+  return 0xffffu ^ bits;
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes; i++) bits |= uint32_t(keys[i] >= t) << i;
@@ -143,7 +177,7 @@ template <class K> SPARSEKERN_INLINE K split(const Bracket<K>& b, int64_t k, int
   }
   const R low = real_of(b.lo), high = real_of(b.hi), value = low * (1 - part) + high * part;
   if (!(value > low && value <= high)) return middle; // infinities, neighbours
-  vec<K> key = key_of<K>(splat(value));
+  const vec<K> key = key_of(splat(value));
   return key[0] > b.lo && key[0] <= b.hi ? key[0] : middle;
 }
 
@@ -166,14 +200,30 @@ SPARSEKERN_INLINE void narrow(const K* keys, int64_t length, int64_t k, int64_t 
   }
 }
 
+// The keys of [lo, hi] at room, and the bracket narrowed by their number: returns that number if the k-th largest is
+// among them, and else 0, when all n keys stay candidates.
+template <class K>
+SPARSEKERN_INLINE int64_t try_range(const K* keys, int64_t n, int64_t k, K lo, K hi, K* room, Bracket<K>& b) {
+  int64_t above;
+  const int64_t inside = extract(keys, n, lo, hi, room, above);
+  if (above >= k) {
+    b.lo = hi + 1, b.not_below = above;
+    return 0;
+  }
+  if (above + inside < k) {
+    b.hi = lo - 1, b.above = above + inside;
+    return 0;
+  }
+  b = {lo, hi, above + inside, above};
+  return inside;
+}
+
 constexpr int64_t kSampled = 4096; // rows longer than this are bracketed by a sample first
 constexpr int64_t kSample = 1024;  // its size, up to twice that
 
-// The bracket that a sample of the keys suggests, made true by one pass over all of them. Ranks alone matter, so that
-// no distribution of the values is bad; a sample that misleads costs another pass. Returns the number of candidates,
-// which then lie in `room`, or 0 if the bracket failed and all keys are still candidates.
+// The range that a sample of the keys suggests. Ranks alone matter, so that no distribution of the values is bad.
 template <class K>
-SPARSEKERN_INLINE int64_t bracket_by_sample(const K* keys, int64_t n, int64_t k, K* room, Bracket<K>& b) {
+SPARSEKERN_INLINE int64_t try_sample(const K* keys, int64_t n, int64_t k, K* room, Bracket<K>& b) {
   K sample[2 * kSample + kLanes], sample_room[2 * kSample + 2 * kLanes];
   const int64_t stride = (n / kSample) | 1; // odd: it passes through all channels of a channels-last row
   int64_t size = 0;
@@ -189,22 +239,41 @@ SPARSEKERN_INLINE int64_t bracket_by_sample(const K* keys, int64_t n, int64_t k,
     narrow(sample, size, at, 0, sample_room, s);
     ends[side] = s.lo;
   }
-  int64_t above;
-  const int64_t inside = extract(keys, n, ends[0], ends[1], room, above);
-  if (above >= k) b.lo = ends[1] + 1, b.not_below = above;
-  else if (above + inside < k) b.hi = ends[0] - 1, b.above = above + inside;
-  else { b = {ends[0], ends[1], above + inside, above}; return inside; }
-  return 0;
+  return try_range(keys, n, k, ends[0], ends[1], room, b);
 }
+
+constexpr int64_t kGuessed = 256; // rows shorter than this are not worth a guess
+
+// Where the thresholds of the last rows lay, and how far apart: rows of a batch are alike, so that one pass around the
+// last threshold leaves few candidates. It never changes the result.
+template <class K> struct Guess {
+  K last;
+  uint64_t spread;
+  int rows = 0;
+
+  bool ready(int64_t n) const { return rows > 1 && n >= kGuessed; }
+  K low(K lo) const { return uint64_t(last) - uint64_t(lo) > spread && last > lo ? K(last - K(spread)) : lo; }
+  K high(K hi) const { return uint64_t(hi) - uint64_t(last) > spread && hi > last ? K(last + K(spread)) : hi; }
+  void learn(K t) {
+    const uint64_t distance = t > last ? uint64_t(t) - uint64_t(last) : uint64_t(last) - uint64_t(t);
+    if (rows > 0) spread = rows == 1 ? 2 * distance : spread / 2 + distance + distance / 2;
+    if (spread > uint64_t(key_traits<K>::nan) / 2) spread = uint64_t(key_traits<K>::nan) / 2;
+    last = t, rows++;
+  }
+};
 
 // The threshold of the k winners among n keys, 1 <= k <= n, all in [lo, hi]: {key >= threshold} has k + surplus elements,
 // and if surplus > 0 all that surplus is equal to the threshold. room (n + 16,) is overwritten.
 template <class K>
-K threshold(const K* keys, int64_t n, int64_t k, K lo, K hi, K* room, int64_t& surplus) {
+K threshold(const K* keys, int64_t n, int64_t k, K lo, K hi, K* room, Guess<K>& guess, int64_t& surplus) {
   Bracket<K> b = {lo, hi, n, 0};
-  const int64_t candidates = n > kSampled ? bracket_by_sample(keys, n, k, room, b) : 0;
+  int64_t candidates = 0;
+  if (guess.ready(n) && guess.last >= lo && guess.last <= hi)
+    candidates = try_range(keys, n, k, guess.low(lo), guess.high(hi), room, b);
+  if (candidates == 0 && n > kSampled) candidates = try_sample(keys, n, k, room, b);
   if (candidates > 0) narrow(room, candidates, k, b.above, room, b);
   else narrow(keys, n, k, 0, room, b);
+  guess.learn(b.lo);
   surplus = b.not_below - k;
   return b.lo;
 }

@@ -34,6 +34,10 @@ template <class A> using vec = typename vec_of<A>::type;
 
 template <class A> SPARSEKERN_INLINE vec<A> splat(A a) { return vec<A>{} + a; }
 
+// a where the mask (-1 or 0 in each lane) is set, b elsewhere. Written as bit operations: GCC 12 takes `mask ? a : b`
+// apart into scalars where a vector is wider than a register.
+template <class V, class M> SPARSEKERN_INLINE V blend(M mask, V a, V b) { return (V)(((M)a & mask) | ((M)b & ~mask)); }
+
 // a * b + c in one rounding where the instruction set has it.
 SPARSEKERN_INLINE vec<float> fma(vec<float> a, vec<float> b, vec<float> c) {
 #if defined(__AVX512F__)
@@ -139,12 +143,14 @@ template <class T> SPARSEKERN_INLINE void store_first(T* p, vec<acc_t<T>> v, int
   std::memcpy(p, tmp, size_t(n) * sizeof(T));
 }
 
-template <class A> SPARSEKERN_INLINE A sum(vec<A> v) { // pairwise, the same order on every instruction set
-  A t[kLanes];
-  std::memcpy(t, &v, sizeof v);
-  for (int w = kLanes / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) t[i] += t[i + w];
-  return t[0];
+// Pairwise, the same order on every instruction set: lane i + lane i + 8, then + 4, + 2, + 1.
+template <class A> SPARSEKERN_INLINE A sum(vec<A> v) {
+  typedef A v8 __attribute__((vector_size(8 * sizeof(A))));
+  typedef A v4 __attribute__((vector_size(4 * sizeof(A))));
+  const v8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 // Calls f.template operator()<T>() with the storage type of dtype.
