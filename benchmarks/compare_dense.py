@@ -1,0 +1,138 @@
+"""Compares sparsekern's layers and the paper's networks with dense PyTorch: checked first, then timed side by side.
+
+python benchmarks/compare_dense.py [--full] [--only PATTERN] [--csv FILE] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from cases import Case, Options
+from checking import WrongResult
+from layer_cases import layer_cases
+from network_cases import network_cases
+from report import HEADER, Result, environment, format_table, table_rows, write_csv
+from timing import interleaved
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+SECONDS = {"quick": 1.0, "full": 6.0}  # of timing, for each case
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the comparison; 0, or 1 after a wrong result, or 2 where nothing could be run."""
+    arguments = parse(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    cases = [case for case in all_cases() if arguments.only is None or arguments.only.search(str(case))]
+    if not cases:
+        print(f"compare_dense: no case matches {arguments.only.pattern!r}", file=sys.stderr)
+        return 2
+    options = Options(arguments.device, DTYPES[arguments.dtype], compiled=arguments.full)
+    seconds = SECONDS["full" if arguments.full else "quick"]
+    results, wrong = run(cases, options, seconds)
+    where = environment(options.device, options.dtype)
+    print(caption(where))
+    print(format_table(HEADER, table_rows(results)))
+    for message in wrong:
+        print(f"WRONG RESULT, not timed: {message}", file=sys.stderr)
+    if arguments.csv:
+        write_csv(arguments.csv, results, where)
+    if arguments.plot and results:
+        from plot import plot
+
+        plot(arguments.plot, results, where)
+    return 1 if wrong else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="under three minutes, nothing compiled (the default)")
+    extent.add_argument("--full", action="store_true", help="more repeats, and torch.compile among the rivals")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--only", type=_pattern, metavar="PATTERN", help="cases in whose name this is found (a regex)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every timing here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups here (PNG or SVG)")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wants at least 1, got {value}")
+    return value
+
+
+def _pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
+
+
+def all_cases() -> list[Case]:
+    return [*network_cases(), *layer_cases()]
+
+
+def run(cases: list[Case], options: Options, seconds: float) -> tuple[list[Result], list[str]]:
+    """Checks and then times each case; a wrong one is not timed, but named with what was wrong."""
+    results, wrong = [], []
+    with progress(len(cases)) as advance:
+        for case in cases:
+            advance(str(case))
+            try:
+                results.append(run_case(case, options, seconds))
+            except WrongResult as error:
+                wrong.append(f"{case}: {error}")
+    return results, wrong
+
+
+def run_case(case: Case, options: Options, seconds: float) -> Result:
+    prepared = case.prepare(options)
+    checked = prepared.check()
+    with contextlib.nullcontext() if prepared.training else torch.inference_mode():
+        timings = interleaved(prepared.functions, seconds, options.device)
+    torch.compiler.reset()
+    savings = checked.dense_products / checked.products if checked.products else None
+    return Result(case.name, case.work, case.batch, savings, checked.error, timings)
+
+
+@contextlib.contextmanager
+def progress(total: int):
+    """Yields a function that is called with the name of each case as it begins."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield lambda name: print(name, file=sys.stderr)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = 0
+
+        def advance(name):
+            nonlocal begun
+            bar.update(task, description=name, completed=begun)
+            begun += 1
+
+        yield advance
+
+
+def caption(where: dict[str, str]) -> str:
+    return (
+        f"{where['hardware']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}, "
+        f"kernels: {where['kernels']}, {where['date']}, commit {where['commit']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
