@@ -197,7 +197,7 @@ def test_the_check_finds_a_wrong_value_in_every_result(layer, wrong):
         assert 0 < checked.products < checked.dense_products
         return
     setattr(call, wrong, getattr(call, wrong).clone())
-    getattr(call, wrong).flatten()[5] = math.nan if wrong == "y" else getattr(call, wrong).flatten()[5] + 1e-4
+    getattr(call, wrong).flatten()[0] = math.nan if wrong == "y" else getattr(call, wrong).flatten()[0] + 1e-4
     with pytest.raises(WrongResult, match=f"{wrong}: 1 of "):
         DenseReference(layer).check(call)
 
