@@ -122,7 +122,7 @@ def k_winners_counted(x, k, duty_cycle, boost_strength, *, rows=k_winners_rows) 
         raise ValueError("k_winners: wants x of shape (..., n), got a tensor without dimensions")
     n = x.shape[-1]
     check_k_winners("k_winners", x, k, n, duty_cycle, n)
-    y, counts = rows(x.reshape(x.shape[:-1].numel(), n).contiguous(), k, duty_cycle, boost_strength, n, 1)
+    y, counts = rows(x.reshape(math.prod(x.shape[:-1]), n).contiguous(), k, duty_cycle, boost_strength, n, 1)
     return y.view(x.shape), counts
 
 

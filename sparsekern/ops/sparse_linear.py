@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,7 @@ def sparse_linear(
     """
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
     x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
