@@ -72,12 +72,12 @@ template <class F> void parallel_parts(int64_t samples, int64_t panels, const F&
 
 // The weight as the kernels read it, in the calling thread's scratch.
 void* pack(const Conv2d& conv, bool transposed, const Tensor& weight) {
-  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  const bool channels_last = !weight.is_contiguous();
   void* packed = scratch(0, kernels().packed_bytes(conv, transposed));
   const int64_t panels = ((transposed ? conv.C : conv.O) + 15) / 16;
   const void* data = weight.data_ptr();
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    kernels().pack(conv, transposed, data, strides, packed, begin, end - begin);
+    kernels().pack(conv, transposed, data, channels_last, packed, begin, end - begin);
   });
   return packed;
 }
@@ -98,6 +98,14 @@ Tensor dense_forward(const Tensor& x, const Tensor& weight, const std::optional<
                                     from(ones), from(false), from(zeros), from(int64_t(1))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return with_format(torch::stable::detail::to<Tensor>(stack[0]), !x.is_contiguous());
+}
+
+// A weight of other strides than the kernels read, copied.
+Tensor dense_strides(const Tensor& weight) {
+  const int64_t c = weight.size(1), kh = weight.size(2), kw = weight.size(3);
+  const bool channels_last = weight.stride(0) == c * kh * kw && weight.stride(1) == 1 &&
+                             weight.stride(2) == kw * c && weight.stride(3) == c;
+  return channels_last ? weight : torch::stable::contiguous(weight);
 }
 
 // (grad_x or grad_weight): the one that is wanted.
@@ -121,6 +129,7 @@ Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints s
   if (!sparse_pays(conv, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
   Tensor y = empty(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());
   if (y.numel() == 0) return y;
+  weight = dense_strides(weight);
   const void* packed = pack(conv, false, weight);
   std::optional<Tensor> bias_values;
   if (bias) bias_values = torch::stable::contiguous(*bias);
@@ -145,6 +154,7 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
   }
   Tensor grad_x = empty(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
   if (grad_x.numel() == 0) return grad_x;
+  weight = dense_strides(weight);
   const void* packed = pack(conv, true, weight);
   const void* mask = at_nonzeros ? x.data_ptr() : nullptr;
   const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};

@@ -30,10 +30,10 @@ struct SparseConv2dKernels {
   // out = x where mask is not zero, else zero.
   void (*keep)(DType dtype, const void* mask, void* x, int64_t n);
 
-  // The weight (strides of O, C, KH, KW in elements) as one call reads it: accumulator type, bytes(...) long.
+  // The weight (contiguous or channels-last) as one call reads it: accumulator type, packed_bytes(...) long.
   // `transposed`: for the gradient of the input, else for the forward.
   size_t (*packed_bytes)(const Conv2d& conv, bool transposed);
-  void (*pack)(const Conv2d& conv, bool transposed, const void* weight, const int64_t stride[4], void* packed,
+  void (*pack)(const Conv2d& conv, bool transposed, const void* weight, bool channels_last, void* packed,
                int64_t first_panel, int64_t panels);
   // y = conv(x) + bias, over the non-zeros of x. bias may be null.
   void (*forward)(const Conv2d& conv, Images x, const void* packed, const void* bias, Images y, Part part);

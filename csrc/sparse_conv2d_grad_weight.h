@@ -5,16 +5,16 @@
 namespace sparsekern {
 namespace {
 
-// One sample as (pixel, channel) in the accumulator type, in a scratch slot or, where it lies so already, in place.
-template <class T> const acc_t<T>* channels_last(const T* x, const View& view, int slot) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>))
-    if (view.channel_stride == 1) return x;
-  acc_t<T>* to = static_cast<acc_t<T>*>(scratch(slot, size_t(view.size() + kLanes) * sizeof(acc_t<T>)));
-  const int64_t pixels = view.rows * view.columns;
-  for (int64_t c = 0; c < view.channels; c++)
-    for (int64_t p = 0; p < pixels; p++)
-      to[p * view.channels + c] = to_acc(x[p * view.pixel_stride + c * view.channel_stride]);
-  return to;
+// One sample as (pixel, channel) in the accumulator type, in scratch slots 2 and 3 or, where it lies so, in place.
+template <class T> const acc_t<T>* widened(const T* x, const View& view) {
+  x = channels_last(x, view, static_cast<T*>(scratch(2, size_t(view.size()) * sizeof(T))));
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) return x;
+  else {
+    acc_t<T>* to = static_cast<acc_t<T>*>(scratch(3, size_t(view.size()) * sizeof(acc_t<T>)));
+    for (int64_t i = 0; i < view.size(); i += kLanes)
+      store_first(to + i, load_first(x + i, view.size() - i), view.size() - i);
+    return to;
+  }
 }
 
 // to[0..n) += value * from[0..n)
@@ -75,7 +75,7 @@ void grad_weight_by_grad(const Conv2d& conv, Images grad_y, Images x, void* grad
     std::memset(sums, 0, size_t(n * taps * conv.C) * sizeof(A));
     for (int64_t b = 0; b < conv.B; b++)
       add_by_grad(conv, static_cast<const T*>(grad_y.data) + b * grad_view.size(), grad_view,
-                  channels_last(static_cast<const T*>(x.data) + b * x_view.size(), x_view, 2), sums, first, n);
+                  widened(static_cast<const T*>(x.data) + b * x_view.size(), x_view), sums, first, n);
     T* out = static_cast<T*>(grad_weight) + first * conv.C * taps;
     for (int64_t o = 0; o < n; o++)
       for (int64_t c = 0; c < conv.C; c++)
@@ -92,7 +92,7 @@ void grad_weight_by_input(const Conv2d& conv, Images grad_y, Images x, void* gra
     A* sums = static_cast<A*>(scratch(1, size_t(n * taps * conv.O) * sizeof(A)));
     std::memset(sums, 0, size_t(n * taps * conv.O) * sizeof(A));
     for (int64_t b = 0; b < conv.B; b++)
-      add_by_input(conv, channels_last(static_cast<const T*>(grad_y.data) + b * grad_view.size(), grad_view, 2),
+      add_by_input(conv, widened(static_cast<const T*>(grad_y.data) + b * grad_view.size(), grad_view),
                    static_cast<const T*>(x.data) + b * x_view.size(), x_view, sums, first, n);
     T* out = static_cast<T*>(grad_weight);
     for (int64_t o = 0; o < conv.O; o++)

@@ -1,15 +1,12 @@
 // Forward and input gradient of the sparse-input convolution: each non-zero adds its weights to the outputs it reaches.
 // The innermost kernel keeps a segment of one output row times 16 channels in registers and walks over the pixels of one
 // input row, for some taps of one kernel row, so that their weights (channels x taps x 16) stay in L1.
-#include "sparse_conv2d_rows.h"
+#include "sparse_conv2d_pack.h"
 
 #include "sparse_conv2d_grad_weight.h"
 
 namespace sparsekern {
 namespace {
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t count(DType dtype, const void* data, int64_t n) {
   int64_t total = 0;
@@ -33,30 +30,14 @@ size_t packed_bytes(const Conv2d& conv, bool transposed) {
   return size_t(plan.panels() * plan.panel_size()) * (conv.dtype == DType::f64 ? 8 : 4);
 }
 
-template <class T>
-void pack(const Conv2d& conv, const Plan& plan, const T* weight, const int64_t* stride, acc_t<T>* packed,
-          int64_t first_panel, int64_t panels) {
-  const int64_t stride_in = stride[plan.transposed ? 0 : 1], stride_out = stride[plan.transposed ? 1 : 0];
-  for (int64_t panel = first_panel; panel < first_panel + panels; panel++)
-    for (int64_t kh = 0; kh < conv.KH; kh++)
-      for (int g = 0; g < plan.group_count; g++) {
-        const Group& group = plan.groups[g];
-        acc_t<T>* to = packed + plan.slice(panel, kh, g);
-        for (int64_t c = 0; c < plan.source.channels; c++)
-          for (int64_t t = 0; t < group.taps; t++, to += kLanes)
-            for (int64_t l = 0; l < kLanes; l++) {
-              const int64_t out = panel * kLanes + l, kw = group.kw + t * group.kw_step;
-              to[l] = out >= plan.result.channels ? 0
-                  : to_acc(weight[c * stride_in + out * stride_out + kh * stride[2] + kw * stride[3]]);
-            }
-      }
-}
-
-void pack(const Conv2d& conv, bool transposed, const void* weight, const int64_t stride[4], void* packed,
+void pack(const Conv2d& conv, bool transposed, const void* weight, bool channels_last, void* packed,
           int64_t first_panel, int64_t panels) {
   const Plan plan = make_plan(conv, transposed);
+  const Places places(plan);
   dispatch(conv.dtype, [&]<class T>() {
-    pack(conv, plan, static_cast<const T*>(weight), stride, static_cast<acc_t<T>*>(packed), first_panel, panels);
+    for (int64_t panel = first_panel; panel < first_panel + panels; panel++)
+      pack_panel(conv, plan, places, static_cast<const T*>(weight), channels_last, panel,
+                 static_cast<acc_t<T>*>(packed));
   });
 }
 
@@ -75,60 +56,61 @@ void add_slice(const Conv2d& conv, const Plan& plan, int64_t kh, const Group& gr
   }
 }
 
-// Writes one panel of one sample: sums (rows, phases, width, 16) to 16 channels of every pixel.
-template <class T>
-void finish(const Plan& plan, const acc_t<T>* sums, const acc_t<T>* bias, const T* mask, T* out, int64_t panel) {
-  const View& view = plan.result;
-  const int64_t channels = min(kLanes, view.channels - panel * kLanes);
-  for (int64_t row = 0; row < view.rows; row++)
-    for (int64_t p = 0; p < plan.phase_count; p++) {
-      const Phase& phase = plan.phases[p];
-      for (int64_t i = 0; i < phase.count; i++) {
-        const acc_t<T>* from = sums + ((row * plan.phase_count + p) * plan.width + i) * kLanes;
-        const int64_t pixel = row * view.columns + phase.first + i * plan.phase_count;
-        for (int64_t l = 0; l < channels; l++) {
-          const int64_t at = pixel * view.pixel_stride + (panel * kLanes + l) * view.channel_stride;
-          if (mask != nullptr && to_acc(mask[at]) == 0) out[at] = T{};
-          else from_acc(from[l] + bias[l], out[at]);
-        }
-      }
-    }
-}
+// Scratch of the calling thread for a few samples at a time.
+template <class T> struct Workspace {
+  using A = acc_t<T>;
+  int64_t at_once, size, starts, sums_size;
+  A* values;
+  uint16_t* channels;
+  int32_t* start;
+  A* sums;
+  int32_t* place; // of the result's columns in a row of sums
+  T* image;       // a source sample with its channels last
+
+  // As many samples at a time as let a slice of weights be read from L2 rarely and the lists stay in L2.
+  explicit Workspace(const Plan& plan)
+      : at_once(max(1, min(8, 131072 / max(plan.source.size(), 1)))), size(plan.source.size() + kLanes),
+        starts(plan.source.rows * plan.pitch),
+        sums_size(plan.result.rows * plan.phase_count * plan.width * kLanes),
+        values(static_cast<A*>(scratch(1, size_t(at_once * size) * sizeof(A)))),
+        channels(static_cast<uint16_t*>(scratch(2, size_t(at_once * size) * sizeof(uint16_t)))),
+        start(static_cast<int32_t*>(scratch(3, size_t(at_once * starts) * sizeof(int32_t)))),
+        sums(static_cast<A*>(scratch(4, size_t(at_once * sums_size) * sizeof(A)))),
+        place(static_cast<int32_t*>(scratch(5, size_t(plan.result.columns) * sizeof(int32_t)))),
+        image(static_cast<T*>(scratch(6, size_t(size) * sizeof(T)))) {
+    for (int64_t p = 0; p < plan.phase_count; p++)
+      for (int64_t i = 0; i < plan.phases[p].count; i++)
+        place[plan.phases[p].first + i * plan.phase_count] = int32_t((p * plan.width + i) * kLanes);
+  }
+  Lists<A> lists(int64_t b) const { return {values + b * size, channels + b * size, start + b * starts}; }
+};
 
 template <class T>
 void run(const Conv2d& conv, const Plan& plan, Images source, const acc_t<T>* packed, const T* bias, const T* mask,
          Images result, Part part) {
   using A = acc_t<T>;
-  // As many samples at a time as let a slice of weights be read from L2 rarely and the lists stay in L2.
-  const int64_t size = plan.source.size(), at_once = max(1, min(8, 131072 / max(size, 1)));
-  const int64_t starts = plan.source.rows * plan.pitch;
-  const int64_t sums_size = plan.result.rows * plan.phase_count * plan.width * kLanes;
-  A* values = static_cast<A*>(scratch(1, size_t(at_once * (size + kLanes)) * sizeof(A)));
-  int32_t* channels = static_cast<int32_t*>(scratch(2, size_t(at_once * (size + kLanes)) * 4));
-  int32_t* start = static_cast<int32_t*>(scratch(3, size_t(at_once * starts) * 4));
-  A* sums = static_cast<A*>(scratch(4, size_t(at_once * sums_size) * sizeof(A)));
-  const T* from = static_cast<const T*>(source.data);
-  T* to = static_cast<T*>(result.data);
-
-  const int64_t end = part.first_sample + part.samples;
-  for (int64_t b0 = part.first_sample; b0 < end; b0 += at_once) {
-    const int64_t samples = min(at_once, end - b0);
-    const auto lists = [&](int64_t b) {
-      return Lists<A>{values + b * (size + kLanes), channels + b * (size + kLanes), start + b * starts};
-    };
-    for (int64_t b = 0; b < samples; b++) compress(from + (b0 + b) * size, plan.source, plan.pad, plan.pitch, lists(b));
+  const Workspace<T> space(plan);
+  const int64_t end = part.first_sample + part.samples, source_size = plan.source.size();
+  for (int64_t b0 = part.first_sample; b0 < end; b0 += space.at_once) {
+    const int64_t samples = min(space.at_once, end - b0);
+    for (int64_t b = 0; b < samples; b++) {
+      const T* x = static_cast<const T*>(source.data) + (b0 + b) * source_size;
+      compress(channels_last(x, plan.source, space.image), plan.source, plan.pad, plan.pitch, space.lists(b));
+    }
     for (int64_t panel = part.first_panel; panel < part.first_panel + part.panels; panel++) {
-      A start_value[kLanes] = {};
-      for (int64_t l = 0; bias != nullptr && l < min(kLanes, plan.result.channels - panel * kLanes); l++)
-        start_value[l] = to_acc(bias[panel * kLanes + l]);
-      std::memset(sums, 0, size_t(samples * sums_size) * sizeof(A));
+      std::memset(space.sums, 0, size_t(samples * space.sums_size) * sizeof(A));
       for (int64_t kh = 0; kh < conv.KH; kh++)
         for (int g = 0; g < plan.group_count; g++)
           for (int64_t b = 0; b < samples; b++)
-            add_slice(conv, plan, kh, plan.groups[g], lists(b), packed + plan.slice(panel, kh, g), sums + b * sums_size);
-      for (int64_t b = 0; b < samples; b++)
-        finish(plan, sums + b * sums_size, start_value, mask == nullptr ? nullptr : mask + (b0 + b) * plan.result.size(),
-               to + (b0 + b) * plan.result.size(), panel);
+            add_slice(conv, plan, kh, plan.groups[g], space.lists(b), packed + plan.slice(panel, kh, g),
+                      space.sums + b * space.sums_size);
+      const int64_t rest = plan.result.channels - panel * kLanes;
+      const vec<A> start = bias == nullptr ? vec<A>{} : load_first(bias + panel * kLanes, min(kLanes, rest));
+      for (int64_t b = 0; b < samples; b++) {
+        const int64_t at = (b0 + b) * plan.result.size();
+        finish(plan, space.place, space.sums + b * space.sums_size, start, mask == nullptr ? nullptr : mask + at,
+               static_cast<T*>(result.data) + at, panel);
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sparse_conv2d.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace sparsekern {
@@ -12,9 +13,10 @@ namespace {
 // from `pad` empty ones before the image, and empty ones fill up the pitch, so that no kernel checks a border.
 template <class A> struct Lists {
   A* value;
-  int32_t* channel;
+  uint16_t* channel;
   int32_t* start; // (rows, pitch)
 };
+constexpr int64_t kMaxChannels = 65536;
 
 // An image's sizes and how to reach pixel p, channel c of it: p * pixel_stride + c * channel_stride.
 struct View {
@@ -22,23 +24,59 @@ struct View {
   View(int64_t channels, int64_t rows, int64_t columns, bool channels_last)
       : channels(channels), rows(rows), columns(columns), pixel_stride(channels_last ? channels : 1),
         channel_stride(channels_last ? 1 : rows * columns) {}
+  int64_t pixels() const { return rows * columns; }
   int64_t size() const { return channels * rows * columns; }
 };
 
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One sample as (pixel, channel), each pixel's channels contiguous, in `to` or, where x is stored so, in place.
+template <class T> const T* channels_last(const T* x, const View& view, T* to) {
+  if (view.channel_stride == 1 || view.channels == 1) return x;
+  const int64_t pixels = view.pixels();
+  for (int64_t p = 0; p < pixels; p += kLanes)
+    for (int64_t c = 0; c < view.channels; c += kLanes)
+      transpose(x + c * pixels + p, pixels, min(kLanes, view.channels - c), min(kLanes, pixels - p),
+                to + p * view.channels + c, view.channels);
+  return to;
+}
+
+// Appends the non-zeros of the first n (1..16) of p, whose channels count from c, to entry `at`; returns the entry after
+// the last. Up to 16 entries from `at` on are overwritten.
+template <class T>
+SPARSEKERN_INLINE int32_t append(const T* p, int64_t n, int32_t c, const Lists<acc_t<T>>& lists, int32_t at) {
+  using A = acc_t<T>;
+  const vec<A> v = load_first(p, n);
+#if defined(__AVX512F__)
+  // Compressed in a register and stored whole: a compressing store is microcoded on some processors.
+  if constexpr (sizeof(A) == 4) {
+    const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i channels = _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(c)));
+    _mm512_storeu_ps(lists.value + at, _mm512_maskz_compress_ps(mask, (__m512)v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lists.channel + at), _mm512_cvtepi32_epi16(channels));
+    return at + __builtin_popcount(mask);
+  }
+#endif
+  for (int i = 0; i < kLanes; i++) {
+    lists.value[at] = v[i];
+    lists.channel[at] = uint16_t(c + i);
+    at += v[i] != 0;
+  }
+  return at;
+}
+
+// x: one sample, channels last. The lists have room for 16 entries more than x has elements.
 template <class T>
 void compress(const T* x, const View& view, int64_t pad, int64_t pitch, const Lists<acc_t<T>>& lists) {
   int32_t n = 0;
   for (int64_t row = 0; row < view.rows; row++) {
     int32_t* start = lists.start + row * pitch;
     for (int64_t i = 0; i <= pad; i++) start[i] = n;
-    for (int64_t column = 0; column < view.columns; column++) {
-      const T* pixel = x + (row * view.columns + column) * view.pixel_stride;
-      for (int64_t c = 0; c < view.channels; c++) {
-        const acc_t<T> value = to_acc(pixel[c * view.channel_stride]);
-        lists.value[n] = value;
-        lists.channel[n] = int32_t(c);
-        n += value != 0;
-      }
+    for (int64_t column = 0; column < view.columns; column++, x += view.channels) {
+      for (int64_t c = 0; c < view.channels; c += kLanes)
+        n = append(x + c, min(kLanes, view.channels - c), int32_t(c), lists, n);
       start[pad + column + 1] = n;
     }
     for (int64_t i = pad + view.columns + 1; i < pitch; i++) start[i] = n;

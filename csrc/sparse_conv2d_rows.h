@@ -103,11 +103,11 @@ Plan make_plan(const Conv2d& conv, bool transposed) {
   return plan;
 }
 
-template <class A> using row_fn = void (*)(const A*, const int32_t*, const int32_t*, int64_t, const A*, A*);
+template <class A> using row_fn = void (*)(const A*, const uint16_t*, const int32_t*, int64_t, const A*, A*);
 
 // Column `column` of the segment: adds its non-zeros to the outputs column - t that exist.
 template <class A, int kSegment, int kTaps, int kColumn>
-SPARSEKERN_INLINE void add_columns(vec<A> (&sums)[kSegment], const A* value, const int32_t* channel, const int32_t* start,
+SPARSEKERN_INLINE void add_columns(vec<A> (&sums)[kSegment], const A* value, const uint16_t* channel, const int32_t* start,
                                    int64_t step, const A* weight) {
   if constexpr (kColumn < kSegment + kTaps - 1) {
     const int64_t begin = start[kColumn * step], end = start[kColumn * step + 1];
@@ -124,7 +124,7 @@ SPARSEKERN_INLINE void add_columns(vec<A> (&sums)[kSegment], const A* value, con
 }
 
 template <class A, int kSegment, int kTaps>
-void add_row(const A* value, const int32_t* channel, const int32_t* start, int64_t step, const A* weight, A* out) {
+void add_row(const A* value, const uint16_t* channel, const int32_t* start, int64_t step, const A* weight, A* out) {
   vec<A> sums[kSegment];
 #pragma GCC unroll 16
   for (int i = 0; i < kSegment; i++) sums[i] = load(out + i * kLanes);

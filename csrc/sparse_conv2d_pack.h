@@ -1,0 +1,124 @@
+// The two ends of a pass: the weight as the row kernels read it, and their sums as the result keeps them.
+#pragma once
+#include "sparse_conv2d_rows.h"
+
+namespace sparsekern {
+namespace {
+
+// Where the slices of one panel hold (source channel, kh, kw).
+struct Places {
+  int64_t per_row, base[kMaxKernelWidth], per_channel[kMaxKernelWidth];
+  explicit Places(const Plan& plan) : per_row(plan.taps * plan.source.channels * kLanes) {
+    for (int g = 0; g < plan.group_count; g++) {
+      const Group& group = plan.groups[g];
+      for (int64_t t = 0; t < group.taps; t++) {
+        base[group.kw + t * group.kw_step] = plan.slice(0, 0, g) + t * kLanes;
+        per_channel[group.kw + t * group.kw_step] = group.taps * kLanes;
+      }
+    }
+  }
+  int64_t at(int64_t channel, int64_t kh, int64_t kw) const {
+    return kh * per_row + base[kw] + channel * per_channel[kw];
+  }
+};
+
+// A walk over (channel, kh, kw) in the order in which a filter lies in memory.
+struct Walk {
+  int64_t C, KH, KW;
+  bool channels_last;
+  int64_t c = 0, kh = 0, kw = 0;
+  void next() {
+    if (channels_last) {
+      if (++c < C) return;
+      c = 0;
+      if (++kw < KW) return;
+      kw = 0, kh++;
+    } else {
+      if (++kw < KW) return;
+      kw = 0;
+      if (++kh < KH) return;
+      kh = 0, c++;
+    }
+  }
+};
+
+// Rows of 16 filters `stride` apart, n elements each, transposed into the places that a walk names.
+template <class T>
+void pack_run(const T* weight, int64_t stride, int64_t filters, int64_t n, Walk walk, const Places& places,
+              acc_t<T>* to) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t count = min(kLanes, n - j);
+    vec<acc_t<T>> v[kLanes] = {};
+    for (int64_t l = 0; l < filters; l++) v[l] = load_first(weight + l * stride + j, count);
+    transpose(v);
+    for (int64_t i = 0; i < count; i++, walk.next()) store(to + places.at(walk.c, walk.kh, walk.kw), v[i]);
+  }
+}
+
+// weight (O, C, KH, KW), or (O, KH, KW, C) in memory if channels_last; packed (panel, kh, group, source channel, tap, 16).
+template <class T>
+void pack_panel(const Conv2d& conv, const Plan& plan, const Places& places, const T* weight, bool channels_last,
+                int64_t panel, acc_t<T>* packed) {
+  const int64_t first = panel * kLanes, n = min(kLanes, plan.result.channels - first), taps = conv.KH * conv.KW;
+  acc_t<T>* to = packed + panel * plan.panel_size();
+  if (!plan.transposed) // one run: a whole filter
+    return pack_run(weight + first * conv.C * taps, conv.C * taps, n, conv.C * taps,
+                    Walk{conv.C, conv.KH, conv.KW, channels_last}, places, to);
+  for (int64_t o = 0; o < conv.O; o++) { // the result's channels are the weight's C, the source's its O
+    const T* filter = weight + o * conv.C * taps + first * (channels_last ? 1 : taps);
+    Walk walk{1, conv.KH, conv.KW, false, o};
+    if (channels_last)
+      for (int64_t t = 0; t < taps; t++, walk.next())
+        store(to + places.at(o, walk.kh, walk.kw), load_first(filter + t * conv.C, n));
+    else
+      pack_run(filter, taps, n, taps, walk, places, to);
+  }
+}
+
+// 16 neighbouring pixels (n of them) of a panel's channels, from sums to a contiguous image.
+template <class T>
+SPARSEKERN_INLINE void write_tile(vec<acc_t<T>> (&v)[kLanes], int64_t channels, int64_t n, int64_t channel_stride,
+                                  const T* mask, T* out) {
+  transpose(v);
+  for (int64_t l = 0; l < channels; l++) {
+    const int64_t at = l * channel_stride;
+    if (mask != nullptr) v[l] = load_first(mask + at, n) != 0 ? v[l] : vec<acc_t<T>>{};
+    store_first(out + at, v[l], n);
+  }
+}
+
+// Writes one panel of one sample: sums (rows, phases, width, 16) to 16 channels of every pixel. place: where column w of
+// a row lies in it. mask: null, or laid out as out.
+template <class T>
+void finish(const Plan& plan, const int32_t* place, const acc_t<T>* sums, vec<acc_t<T>> bias, const T* mask, T* out,
+            int64_t panel) {
+  using A = acc_t<T>;
+  const View& view = plan.result;
+  const int64_t channels = min(kLanes, view.channels - panel * kLanes), pixels = view.pixels();
+  const int64_t row_size = plan.phase_count * plan.width * kLanes;
+  out += panel * kLanes * view.channel_stride;
+  if (mask != nullptr) mask += panel * kLanes * view.channel_stride;
+  int64_t column = 0;
+  const auto next = [&] {
+    const vec<A> v = load(sums + place[column]) + bias;
+    if (++column == view.columns) column = 0, sums += row_size;
+    return v;
+  };
+  if (view.channel_stride == 1) {
+    for (int64_t p = 0; p < pixels; p++, out += view.channels) {
+      vec<A> v = next();
+      if (mask != nullptr) v = load_first(mask + p * view.channels, channels) != 0 ? v : vec<A>{};
+      store_first(out, v, channels);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; p += kLanes) {
+    const int64_t n = min(kLanes, pixels - p);
+    vec<A> v[kLanes] = {};
+    for (int64_t i = 0; i < n; i++) v[i] = next();
+    write_tile(v, channels, n, view.channel_stride, mask == nullptr ? nullptr : mask + p, out + p);
+  }
+}
+
+} // namespace
+} // namespace sparsekern

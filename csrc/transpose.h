@@ -1,0 +1,60 @@
+// Transposition of 16 x 16 tiles.
+#pragma once
+#include "vec.h"
+
+namespace sparsekern {
+namespace {
+
+SPARSEKERN_INLINE void transpose(vec<float> (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512 a[kLanes], b[kLanes];
+  for (int i = 0; i < kLanes; i += 2) { // neighbouring rows interleaved in each 128-bit lane,
+    a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4) // then 4 x 4 blocks transposed in the lanes,
+    for (int j = 0; j < 2; j++) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < kLanes; i += 8) // and the lanes themselves in two steps.
+    for (int j = 0; j < 4; j++) {
+      a[i + j] = _mm512_shuffle_f32x4(b[i + j], b[i + j + 4], 0x88);
+      a[i + j + 4] = _mm512_shuffle_f32x4(b[i + j], b[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; j++) {
+    v[j] = (vec<float>)_mm512_shuffle_f32x4(a[j], a[j + 8], 0x88);
+    v[j + 8] = (vec<float>)_mm512_shuffle_f32x4(a[j], a[j + 8], 0xdd);
+  }
+#else
+  float t[kLanes][kLanes];
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < kLanes; j++) t[j][i] = v[i][j];
+  std::memcpy(v, t, sizeof t);
+#endif
+}
+
+SPARSEKERN_INLINE void transpose(vec<double> (&v)[kLanes]) {
+  double t[kLanes][kLanes];
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < kLanes; j++) t[j][i] = v[i][j];
+  std::memcpy(v, t, sizeof t);
+}
+
+// to (columns, rows) = from (rows, columns), at most 16 of each.
+template <class T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  if (sizeof(T) == 4 && rows == kLanes && columns == kLanes) {
+    vec<acc_t<T>> v[kLanes];
+    for (int64_t i = 0; i < kLanes; i++) v[i] = load(from + i * from_stride);
+    transpose(v);
+    for (int64_t i = 0; i < kLanes; i++) store(to + i * to_stride, v[i]);
+    return;
+  }
+  for (int64_t j = 0; j < columns; j++)
+    for (int64_t i = 0; i < rows; i++) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+} // namespace
+} // namespace sparsekern
