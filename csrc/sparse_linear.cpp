@@ -18,6 +18,27 @@ int64_t grain(int64_t items, int64_t products) {
   return products <= kProducts ? items : items * kProducts / products + 1;
 }
 
+// Calls body(begin, end, first, last) for blocks of rows and ranges of columns whose sums fit the second-level cache.
+// How the work is split does not change a sum.
+template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body& body) {
+  constexpr int64_t kRows = 256, kSums = 1 << 16, kColumns = 1024;
+  if (rows == 0 || columns == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  const int64_t row_blocks = blocks(rows, kRows), row_step = blocks(rows, row_blocks);
+  int64_t step = kSums / row_step < kColumns ? kSums / row_step : kColumns;
+  int64_t ranges = blocks(columns, step);
+  if (row_blocks * ranges % threads != 0) ranges = blocks(row_blocks * ranges, threads) * threads / row_blocks + 1;
+  step = blocks(blocks(columns, ranges), kLinearPanel) * kLinearPanel;
+  ranges = blocks(columns, step);
+  torch::stable::parallel_for(0, row_blocks * ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t row = t / ranges * row_step, column = t % ranges * step;
+      body(row, row + row_step < rows ? row + row_step : rows, column, column + step < columns ? column + step : columns);
+    }
+  });
+}
+
 Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                      const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features) {
   const DType dtype = dtype_of("sparse_linear", x_);
@@ -28,6 +49,13 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const int64_t B = x.size(0);
   Tensor y = torch::stable::new_empty(x, {B, out_features});
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1));
+  if (B >= 8 && weight.size(1) % 16 != 0) {
+    for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
+                               bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), begin, end, first, last);
+    });
+    return y;
+  }
   torch::stable::parallel_for(0, B, grain(B, B * weight.numel() / 8), [&](int64_t begin, int64_t end) {
     kernels().forward(dtype, w, x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                       y.mutable_data_ptr(), begin, end);
@@ -44,6 +72,13 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const int64_t B = x.size(0);
   Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1));
+  if (B >= 8 && weight.size(1) % 16 != 0) {
+    for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().grad_input_panels(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                                  grad_x.mutable_data_ptr(), at_nonzeros, begin, end, first, last);
+    });
+    return grad_x;
+  }
   torch::stable::parallel_for(0, B, grain(B, B * weight.numel() / 8), [&](int64_t begin, int64_t end) {
     kernels().grad_input(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
                          grad_x.mutable_data_ptr(), at_nonzeros, begin, end);
@@ -59,6 +94,18 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size);
+  if (B >= 8 && group_size % 16 != 0) {
+    int64_t bytes;
+    const int64_t tiles = kernels().tiles(dtype, B, w.outputs, &bytes);
+    void* memory = scratch(7, size_t(bytes));
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      kernels().tile_rows(dtype, grad_y.const_data_ptr(), B, w.outputs, memory, begin, end);
+    });
+    torch::stable::parallel_for(0, I, 64, [&](int64_t begin, int64_t end) {
+      kernels().grad_weight_panels(dtype, w, memory, x.const_data_ptr(), grad_weight.mutable_data_ptr(), B, begin, end);
+    });
+    return grad_weight;
+  }
   torch::stable::parallel_for(0, I, grain(I, B * grad_weight.numel() / 8), [&](int64_t begin, int64_t end) {
     kernels().grad_weight(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr(), B,
                           begin, end);

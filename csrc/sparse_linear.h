@@ -24,11 +24,24 @@ struct SparseLinearKernels {
   // The blocks of inputs [begin, end) of grad_weight, summed over B rows in ascending order.
   void (*grad_weight)(DType, const LinearSupport&, const void* grad_y, const void* x, void* grad_weight, int64_t B,
                       int64_t begin, int64_t end);
+  // The same by panels of weights, dense in the first-level cache, for a part of the rows and columns: outputs, or
+  // inputs, [first, last), where first is a multiple of kLinearPanel. All factors must be finite: zeros are multiplied.
+  void (*forward_panels)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
+                         int64_t begin, int64_t end, int64_t first, int64_t last);
+  void (*grad_input_panels)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight,
+                            void* grad_x, bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last);
+  // grad_y (B, O) as tiles [begin, end) of kLinearPanel columns, in the accumulator type; how many there are and their
+  // bytes, which depend on B and O alone.
+  int64_t (*tiles)(DType, int64_t B, int64_t O, int64_t* bytes);
+  void (*tile_rows)(DType, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
+  void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, void* grad_weight, int64_t B,
+                             int64_t begin, int64_t end);
   // Non-zeros among n elements; adds 1 << 62 if any of them is infinite or NaN.
   int64_t (*count)(DType, const void* x, int64_t n);
   // Lays the weights of inputs [begin, end) out as rows of a dense (I, O) matrix.
   void (*expand)(DType, const LinearSupport&, const void* weight, void* dense, int64_t begin, int64_t end);
 };
+constexpr int64_t kLinearPanel = 64;
 constexpr int64_t kNotFinite = int64_t(1) << 62;
 
 extern const SparseLinearKernels sparse_linear_baseline, sparse_linear_avx2, sparse_linear_avx512;

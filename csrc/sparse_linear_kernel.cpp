@@ -1,24 +1,9 @@
 #include "sparse_linear.h"
 
-#include "vec.h"
+#include "sparse_linear_panels.h"
 
 namespace sparsekern {
 namespace {
-
-enum Slot { kValues, kIndices, kSums, kSamples };
-
-// The non-zeros of one row, ascending. Room for n each.
-template <class T>
-int64_t compress(const T* x, int64_t n, acc_t<T>* value, int32_t* index) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const acc_t<T> v = to_acc(x[i]);
-    value[count] = v;
-    index[count] = int32_t(i);
-    count += v != 0;
-  }
-  return count;
-}
 
 template <class T> int64_t padded_outputs(const LinearSupport& w) {
   return (w.outputs + w.group - 1) / w.group * w.group + kLanes;
@@ -47,8 +32,8 @@ template <class T>
 void forward(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t I = w.inputs, O = w.outputs, room = padded_outputs<T>(w);
-  A* value = (A*)scratch(kValues, size_t(I) * sizeof(A));
-  int32_t* index = (int32_t*)scratch(kIndices, size_t(I) * 4);
+  A* value = (A*)scratch(kValues, size_t(I + kLanes) * sizeof(A));
+  int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
   A* sums = (A*)scratch(kSums, size_t(room) * sizeof(A));
   for (int64_t b = begin; b < end; b++) {
     const int64_t active = compress(x + b * I, I, value, index);
@@ -186,6 +171,42 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
            int64_t begin, int64_t end) {
           dispatch(dtype,
                    [&]<class T>() { grad_weight<T>(w, (const T*)grad_y, (const T*)x, (T*)grad, B, begin, end); });
+        },
+    .forward_panels =
+        [](DType dtype, const LinearSupport& w, const void* x, const void* weight, const void* bias, void* y,
+           int64_t begin, int64_t end, int64_t first, int64_t last) {
+          dispatch(dtype, [&]<class T>() {
+            forward_panels<T>(w, (const T*)x, (const T*)weight, (const T*)bias, (T*)y, begin, end, first, last);
+          });
+        },
+    .grad_input_panels =
+        [](DType dtype, const LinearSupport& w, const void* grad_y, const void* x, const void* weight, void* grad_x,
+           bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+          dispatch(dtype, [&]<class T>() {
+            grad_input_panels<T>(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, at_nonzeros, begin,
+                                 end, first, last);
+          });
+        },
+    .tiles =
+        [](DType dtype, int64_t B, int64_t O, int64_t* bytes) {
+          int64_t count = 0;
+          dispatch(dtype, [&]<class T>() {
+            using A = acc_t<T>;
+            count = round_up(B, kTileRows<A>) / kTileRows<A>;
+            *bytes = count * kTileRows<A> * round_up(O, kPanel) * int64_t(sizeof(A));
+          });
+          return count;
+        },
+    .tile_rows =
+        [](DType dtype, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() { tile_rows<T>((const T*)grad_y, B, O, (acc_t<T>*)tiles, begin, end); });
+        },
+    .grad_weight_panels =
+        [](DType dtype, const LinearSupport& w, const void* tiles, const void* x, void* grad, int64_t B, int64_t begin,
+           int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            grad_weight_panels<T>(w, (const acc_t<T>*)tiles, (const T*)x, (T*)grad, B, begin, end);
+          });
         },
     .count =
         [](DType dtype, const void* x, int64_t n) {

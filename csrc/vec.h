@@ -32,7 +32,7 @@ template <> struct vec_of<int64_t> { typedef int64_t type __attribute__((vector_
 template <> struct vec_of<uint16_t> { typedef uint16_t type __attribute__((vector_size(2 * kLanes))); };
 template <class A> using vec = typename vec_of<A>::type;
 
-template <class A> SPARSEKERN_INLINE vec<A> splat(A a) { return vec<A>{} + a; }
+template <class A> SPARSEKERN_INLINE vec<A> splat(A a) { return a - vec<A>{}; } // x - 0 is x, so that nothing is computed
 
 // a where the mask (-1 or 0 in each lane) is set, b elsewhere. Written as bit operations: GCC 12 takes `mask ? a : b`
 // apart into scalars where a vector is wider than a register.

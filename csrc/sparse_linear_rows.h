@@ -1,0 +1,101 @@
+// Sparse rows: the non-zeros of a row of activations or gradients as values and indices.
+#pragma once
+#include "vec.h"
+
+namespace sparsekern {
+namespace {
+
+enum Slot { kValues, kIndices, kSums, kSamples, kTiles, kLists };
+
+// value and index of the non-zeros of x (n,), ascending; returns how many. Both need room for n + 16: whole registers
+// are stored.
+template <class T>
+SPARSEKERN_INLINE int64_t compress(const T* x, int64_t n, acc_t<T>* value, int32_t* index) {
+  int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+  // A register is compressed and stored whole: compressing to memory is microcoded on some processors.
+  if constexpr (sizeof(acc_t<T>) == 4) {
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i < n; i += kLanes, at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes))) {
+      const __m512 v = (__m512)load_first(x + i, n - i);
+      const __mmask16 nonzero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(nonzero, v));
+      _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(nonzero, at));
+      count += __builtin_popcount(nonzero);
+    }
+    return count;
+  }
+#endif
+  for (; i < n; i++) {
+    const acc_t<T> v = to_acc(x[i]);
+    value[count] = v;
+    index[count] = int32_t(i);
+    count += v != 0;
+  }
+  return count;
+}
+
+// The non-zeros of `rows` rows within one range of columns. `order` holds the rows by rising count, so that the loops
+// over neighbouring rows have the same length and their branches are predicted.
+template <class A> struct RowLists {
+  A* value;
+  int32_t* offset; // of the column's row in a tile of weights
+  int32_t *start, *end; // (rows,): each row's part of the lists
+  int32_t* order;  // (rows,)
+};
+
+constexpr int64_t kMaxColumns = 128;
+
+// Room for `rows` rows of at most `columns` non-zeros.
+template <class A> RowLists<A> allocate_lists(int slot, int64_t rows, int64_t columns) {
+  const size_t room = size_t(rows * columns + kLanes);
+  char* memory = (char*)scratch(slot, room * (sizeof(A) + 4) + size_t(rows) * 12);
+  RowLists<A> lists;
+  lists.value = (A*)memory;
+  lists.offset = (int32_t*)(lists.value + room);
+  lists.start = lists.offset + room;
+  lists.end = lists.start + rows;
+  lists.order = lists.end + rows;
+  return lists;
+}
+
+template <class A> void order_lists(RowLists<A> lists, int64_t rows, int64_t columns) {
+  int32_t first[kMaxColumns + 2] = {};
+  for (int64_t s = 0; s < rows; s++) first[lists.end[s] - lists.start[s] + 1]++;
+  for (int64_t c = 0; c < columns; c++) first[c + 1] += first[c];
+  for (int64_t s = 0; s < rows; s++) lists.order[first[lists.end[s] - lists.start[s]]++] = int32_t(s);
+}
+
+// Of x (rows, columns; stride); column c is tile row c of `width` elements.
+template <class T>
+void fill_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int32_t width, RowLists<acc_t<T>> lists) {
+  int32_t filled = 0;
+  for (int64_t s = 0; s < rows; s++) {
+    lists.start[s] = filled;
+    filled += int32_t(compress(x + s * stride, columns, lists.value + filled, lists.offset + filled));
+    lists.end[s] = filled;
+  }
+  for (int32_t p = 0; p < filled; p++) lists.offset[p] *= width;
+  order_lists(lists, rows, columns);
+}
+
+// Of the transpose of x (columns, rows; stride): row r of the lists is column r of x. rows is at most 64.
+template <class T>
+void fill_transposed_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int32_t width,
+                           RowLists<acc_t<T>> lists) {
+  acc_t<T> value[64 + kLanes];
+  int32_t index[64 + kLanes];
+  for (int64_t r = 0; r < rows; r++) lists.start[r] = lists.end[r] = int32_t(r * columns);
+  for (int64_t c = 0; c < columns; c++) {
+    const int64_t count = compress(x + c * stride, rows, value, index);
+    for (int64_t p = 0; p < count; p++) {
+      const int32_t at = lists.end[index[p]]++;
+      lists.value[at] = value[p];
+      lists.offset[at] = int32_t(c) * width;
+    }
+  }
+  order_lists(lists, rows, columns);
+}
+
+} // namespace
+} // namespace sparsekern
