@@ -24,6 +24,18 @@ else:
     _C.set_cpu_capability(torch.backends.cpu.get_cpu_capability())
 
 
+class Function(torch.autograd.Function):
+    """An autograd function of positional arguments, called without reading its signature each time (30 us)."""
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *args):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
+
+
 def define(schema: str, *, reference, fake) -> None:
     """Defines an op: its schema, its shape function, and its plain PyTorch body wherever no kernel serves.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.ops import _check
 from sparsekern.ops import k_winners_reference as reference
-from sparsekern.ops._library import define, library
+from sparsekern.ops._library import Function, define, library
 
 
 def _k_winners_fake(x, k, duty_cycle, boost_strength, channels, inner):
@@ -59,10 +59,8 @@ def _update_duty_cycle_vmap(info, in_dims, duty_cycle, samples_seen, counts, per
     return None, None
 
 
-class KWinnersFunction(torch.autograd.Function):
+class KWinnersFunction(Function):
     """(rows, n) -> the output, the winners' bits and the channels' counts; only the output is differentiable."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, k, duty_cycle, boost_strength, channels, inner):

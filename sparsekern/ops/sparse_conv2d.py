@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
-from sparsekern.ops._library import define
+from sparsekern.ops._library import Function, define
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -45,9 +45,7 @@ define(
 )
 
 
-class SparseConv2dFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class SparseConv2dFunction(Function):
     @staticmethod
     def forward(x, weight, bias, stride, padding, sparse_input_grad):
         return torch.ops.sparsekern.sparse_conv2d(x, weight, bias, stride, padding)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
-from sparsekern.ops._library import define
+from sparsekern.ops._library import Function, define
 
 define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ccol_indices, Tensor row_indices, int out_features)"
@@ -31,9 +31,7 @@ define(
 )
 
 
-class SparseLinearFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class SparseLinearFunction(Function):
     @staticmethod
     def forward(x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad):
         return torch.ops.sparsekern.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
