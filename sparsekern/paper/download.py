@@ -15,16 +15,13 @@ CHUNK_BYTES = 1 << 16
 TRIES = 3  # of each mirror, as long as none of them brings anything new
 
 
-def md5(path: Path) -> str:
+def digest(path: Path, algorithm: str) -> str:
+    """A file's checksum, in hexadecimal."""
+    found = hashlib.new(algorithm)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") else _md5(file)
-
-
-def _md5(file) -> str:  # Python 3.10
-    digest = hashlib.md5()
-    while chunk := file.read(CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def download(urls: Sequence[str], path: Path, checksum: str, progress: Callable[[int], None] = lambda size: None):
@@ -35,7 +32,7 @@ def download(urls: Sequence[str], path: Path, checksum: str, progress: Callable[
     Args:
         urls: the same file on several mirrors, in the order to try them.
         path: where it goes; its folder is made.
-        checksum: its MD5, in hexadecimal.
+        checksum: its MD5 or SHA-256, in hexadecimal.
         progress: called with the number of bytes that are there.
 
     Raises:
@@ -43,16 +40,17 @@ def download(urls: Sequence[str], path: Path, checksum: str, progress: Callable[
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    algorithm = {32: "MD5", 64: "SHA-256"}[len(checksum)]
     problems = []
     for url in urls:
         problem = _fetch_stubbornly(url, part, progress)
         if problem is None:
-            found = md5(part)
+            found = digest(part, algorithm.lower().replace("-", ""))
             if found == checksum:
                 os.replace(part, path)
                 return
             part.unlink()
-            problem = f"wants MD5 {checksum}, got {found}"
+            problem = f"wants {algorithm} {checksum}, got {found}"
         problems.append(f"  {url}: {problem}")
     raise OSError(f"{path.name}: no mirror had it:\n" + "\n".join(problems))
 

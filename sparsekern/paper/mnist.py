@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsekern.paper.download import download, md5
+from sparsekern.paper.download import digest, download
 
 # The original files and their MD5.
 FILES = {
@@ -31,6 +31,7 @@ FOLDERS = [
 SIDE = 28
 MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, in [0, 1]
 NOISE_LEVELS = [level / 20 for level in range(11)]  # eta: 0, 0.05, ..., 0.50
+GAUSSIAN_LEVELS = [level / 10 for level in range(9)]  # s: 0, 0.1, ..., 0.8
 NOISE_PIXEL = 2.0  # MEAN + 2 * STD, normalised
 
 
@@ -69,8 +70,9 @@ class Mnist:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Training images and labels by index."""
+    def batch(self, indices: Tensor, rows: slice = slice(None), generator=None) -> tuple[Tensor, Tensor]:
+        """Training images and labels of some rows of a global batch, by index; nothing is drawn at random."""
+        indices = indices[rows]
         return self.images[indices], self.labels[indices]
 
     def test_batches(self, eta: float, size: int):
@@ -102,7 +104,7 @@ def find_files(folder: Path, *, fetch: bool) -> None:
         print(f"downloading {name} to {folder}")
         download([mirror + name for mirror in MIRRORS], folder / name, FILES[name])
     for name, checksum in FILES.items():
-        found = md5(folder / name)
+        found = digest(folder / name, "md5")
         if found != checksum:
             raise ValueError(
                 f"mnist: wants MD5 {checksum} of {folder / name}, got {found}: not the original file; "
@@ -138,3 +140,20 @@ def _pixel_order(images: int, seed: int) -> Tensor:
     """A random order of each image's pixels: int16 (images, 784)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(images, SIDE * SIDE, generator=generator).argsort(dim=1, stable=True).short()
+
+
+class GaussianMnist(Mnist):
+    """MNIST under Gaussian pixel noise: ``clamp(x + s * gaussian, 0, 1)`` of pixels in [0, 1], s being the noise level."""
+
+    name = "gaussian"
+    noise_levels = GAUSSIAN_LEVELS
+
+    def __init__(self, folder: Path | None = None, *, seed: int = 42, fetch: bool = False, device="cpu"):
+        super().__init__(folder, seed=seed, fetch=fetch, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        self.gaussian = torch.randn(self.test_images.shape, generator=generator).to(device)
+
+    def noisy(self, eta: float, rows: slice = slice(None)) -> Tensor:
+        """Test images with noise of standard deviation eta, the same normal numbers at every level."""
+        pixels = self.test_images[rows] * STD + MEAN
+        return pixels.add_(self.gaussian[rows], alpha=eta).clamp_(0, 1).sub_(MEAN).div_(STD)

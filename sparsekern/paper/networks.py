@@ -56,7 +56,7 @@ class Network:
 
 
 def networks(data_set: str) -> dict[str, Network]:
-    """The networks of a data set (``mnist`` or ``speech``) by name, in the order of the paper's tables."""
+    """The networks of a data set (``mnist``, ``speech`` or ``gaussian``) by name, in the order of the paper's tables."""
     with open(Path(__file__).with_name("networks.toml"), "rb") as file:
         table = tomllib.load(file)[data_set]
     return {

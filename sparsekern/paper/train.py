@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsekern.paper.mnist import Mnist
+from sparsekern.paper import distributed
+from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks
-from sparsekern.paper.training import LOG, Configuration, Run
+from sparsekern.paper.progress import console, progress_bar
+from sparsekern.paper.training import LOG, Configuration, Run, best_epoch
 
 HELP = "train a network and test it under noise"
 PROGRESS_SECONDS = 0.2  # between updates of the bar, which cost more than a step of a small batch
+RUNS = Path("runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=networks("mnist"), metavar="NAME", help=", ".join(networks("mnist")))
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the MNIST files")
+    names = {name: ", ".join(networks(name)) for name in DATA_SETS}
+    parser.add_argument("name", metavar="NAME", help="; ".join(f"{key}: {value}" for key, value in names.items()))
+    parser.add_argument("--data-set", choices=DATA_SETS, default="mnist", help="default: mnist")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
     parser.add_argument("--download", action="store_true", help="get the files that are not there")
     parser.add_argument("--epochs", type=int, metavar="N", help="by default as many as in the paper")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="checkpoints and log; by default runs/NAME-...")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="checkpoints, log and result; by default runs/...")
     parser.add_argument("--seed", type=int, default=42, help="of weights, data order and noise (default: 42)")
     parser.add_argument(
         "--group-size", type=int, default=1, metavar="G", help="units that share a support (default: 1)"
@@ -36,56 +41,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
-    configuration = Configuration(
-        networks("mnist")[arguments.name],
-        arguments.seed,
-        arguments.group_size,
-        arguments.plain,
-        arguments.dense,
-        arguments.device,
-    )
+    known = networks(arguments.data_set)
+    if arguments.name not in known:
+        raise ValueError(f"wants one of {', '.join(known)} for --data-set {arguments.data_set}, got {arguments.name}")
+    with distributed.process_group(arguments.device) as device:
+        configuration = Configuration(
+            known[arguments.name],
+            arguments.seed,
+            arguments.group_size,
+            arguments.plain,
+            arguments.dense,
+            arguments.device,
+        )
+        return train(configuration, arguments, device)
+
+
+def train(configuration: Configuration, arguments: argparse.Namespace, device: str) -> int:
+    out = console() if distributed.rank() == 0 else Console(file=io.StringIO())
     epochs = configuration.network.epochs if arguments.epochs is None else arguments.epochs
     folder = arguments.out or default_folder(configuration)
-    data = Mnist(arguments.data, seed=arguments.seed, fetch=arguments.download, device=arguments.device)
-    console.print(describe(configuration, data, epochs, folder))
-    run = Run(configuration, data, folder, checkpoint_every=arguments.checkpoint_every, report=console.print)
+    data = DATA_SETS[arguments.data_set](arguments.data, seed=arguments.seed, fetch=arguments.download, device=device)
+    out.print(describe(configuration, data, epochs, folder))
+    run = Run(configuration, data, folder, device=device, checkpoint_every=arguments.checkpoint_every, report=out.print)
     try:
-        history = train_with_bar(run, epochs, console)
+        history = train_with_bar(run, epochs, out)
     except KeyboardInterrupt:
-        console.print(f"interrupted after {run.epoch} epochs and {run.step} steps; the same command resumes")
+        out.print(f"interrupted after {run.epoch} epochs and {run.step} steps; the same command resumes")
         return 130
     if history:
-        console.print(epochs_table(history))
-        console.print(noise_table(history))
+        out.print(epochs_table(history))
+        out.print(noise_table(history))
+    if len(history) == configuration.network.epochs:
+        out.print(f"result: {run.write_result()}")
     return 0
 
 
-def default_folder(configuration: Configuration) -> Path:
-    parts = [configuration.network.name]
+def default_folder(configuration: Configuration, runs: Path = RUNS) -> Path:
+    network = configuration.network
+    parts = [network.name] if network.data_set == "mnist" else [network.data_set, network.name]
     if configuration.kind != "sparse":
         parts.append(configuration.kind)
     if configuration.group_size > 1:
         parts.append(f"g{configuration.group_size}")
-    return Path("runs") / "-".join([*parts, f"seed{configuration.seed}"])
+    return runs / "-".join([*parts, f"seed{configuration.seed}"])
 
 
 def describe(configuration: Configuration, data, epochs: int, folder: Path) -> str:
     network = configuration.network
     what = {"sparse": "", "plain": " in plain PyTorch", "dense": " as a dense ReLU network"}[configuration.kind]
+    ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     return (
         f"{network.name}{what}: filters {network.filters}, winners {network.k}; hidden {network.hidden}, winners "
         f"{network.winners}, weight density {network.density}, group size {configuration.group_size}\n"
-        f"{epochs} epochs of {len(data)} images from {data.folder}, batch {network.first} then {network.batch}, "
-        f"seed {configuration.seed}, {configuration.device}\n"
+        f"{epochs} epochs of {len(data)} samples from {data.folder}, batch {network.first} then {network.batch}, "
+        f"seed {configuration.seed}, {configuration.device}{ranks}\n"
         f"log: {folder / LOG}"
     )
 
 
 def train_with_bar(run: Run, epochs: int, console: Console) -> list[dict]:
-    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("", total=None, epoch=run.epoch + 1)
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"epoch {run.epoch + 1}", total=None)
         due = 0.0
 
         def progress(epoch: int, step: int, steps: int) -> None:
@@ -93,7 +109,7 @@ def train_with_bar(run: Run, epochs: int, console: Console) -> list[dict]:
             now = time.monotonic()
             if now >= due or step == steps:
                 due = now + PROGRESS_SECONDS
-                bar.update(task, completed=step, total=steps, epoch=epoch + 1)
+                bar.update(task, description=f"epoch {epoch + 1}", completed=step, total=steps)
 
         return run.train(epochs, progress)
 
@@ -114,8 +130,8 @@ def epochs_table(history: list[dict]) -> Table:
 
 def noise_table(history: list[dict]) -> Table:
     """Accuracy at each noise level after the last epoch, and after the one that the paper's scores would be read off."""
-    last, best = history[-1], max(history, key=lambda entry: entry["test_accuracy"])
-    table = Table("noise", f"last epoch ({last['epoch']})", f"best test score (epoch {best['epoch']})", title="scores")
+    last, best = history[-1], best_epoch(history)
+    table = Table("noise", f"last epoch ({last['epoch']})", f"best epoch ({best['epoch']})", title="scores")
     for eta in last["correct"]:
         table.add_row(eta, *(f"{100 * entry['correct'][eta] / entry['samples']:.2f}" for entry in (last, best)))
     table.add_row("sum", *(f"{entry['noise_score']:,}" for entry in (last, best)))

@@ -12,13 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from sparsekern.paper import checkpoint
-from sparsekern.paper.evaluate import correct_by_noise_level
+from sparsekern.paper import checkpoint, distributed, results
+from sparsekern.paper.evaluate import correct_by_noise_level, validation_accuracy
 from sparsekern.paper.networks import Network, build
 from sparsekern.paper.plain import rezero_
-from sparsekern.paper.results import check_configuration
 
-LOG = "log.jsonl"
+LOG, RESULT = "log.jsonl", "result.csv"
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Run:
         configuration: of the run.
         data: such as :class:`sparsekern.paper.mnist.Mnist`.
         folder: of checkpoints and log; made if it is not there.
+        device: of this rank; the configuration's by default.
         checkpoint_every: steps between checkpoints within an epoch; 0 for one after each epoch only.
         report: called with a line of text about a checkpoint that is taken up or damaged.
 
@@ -55,8 +55,11 @@ class Run:
         checkpoint.DamagedCheckpoint: it holds checkpoints, and all are damaged.
     """
 
-    def __init__(self, configuration: Configuration, data, folder: Path, *, checkpoint_every: int = 0, report=print):
+    def __init__(
+        self, configuration: Configuration, data, folder: Path, *, device=None, checkpoint_every: int = 0, report=print
+    ):
         self.configuration = configuration
+        self.device = device or configuration.device
         self.network = network = configuration.network
         self.data = data
         self.folder = Path(folder)
@@ -65,12 +68,15 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = checkpoint.load(self.folder, report=report)
         if state is not None:
-            check_configuration(self.folder, state["identity"], self.identity)
+            results.check_configuration(self.folder, state["identity"], self.identity)
 
         torch.manual_seed(configuration.seed)
-        self.model = build(
+        model = build(
             network, group_size=configuration.group_size, plain=configuration.plain, dense=configuration.dense
-        ).to(configuration.device, memory_format=torch.channels_last)
+        )
+        if distributed.world_size() > 1:
+            distributed.with_global_batch_norm_(model)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), network.lr, network.momentum, weight_decay=network.weight_decay, fused=True
         )
@@ -79,26 +85,38 @@ class Run:
         self.epoch = 0  # the one under way, or the next
         self.step = 0  # of that epoch: how many are done
         self.seconds = 0.0  # spent on them
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=configuration.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.history: list[dict] = []  # an entry an epoch: what the log holds
         if state is not None:
             self._restore(state)
             report(f"resuming after {self.epoch} epochs and {self.step} steps")
+        self.forward = self.model
+        if distributed.world_size() > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            torch.manual_seed(configuration.seed + (distributed.rank() << 32) + (self.epoch << 48))  # dropout's
+        distributed.barrier()  # no rank writes while another one still reads
         self._write_log()
 
     def train(self, epochs: int, progress=lambda epoch, step, steps: None) -> list[dict]:
         """Trains until that many epochs are done in all; returns the history, an entry an epoch."""
         while self.epoch < epochs:
             self._train_epoch(progress)
-            started = time.perf_counter()
-            correct = correct_by_noise_level(self.model, self.data)
-            self.history.append(self._entry(correct, time.perf_counter() - started))
+            self.history.append(self._entry())
             sk.step_boost_strength(self.model)
             self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
             self.loss_sum.zero_()
             self._save()
             self._write_log()
         return self.history
+
+    def write_result(self) -> Path:
+        """Writes what a finished run has to say, a row an epoch, for the tables."""
+        path = self.folder / RESULT
+        if distributed.rank() == 0:
+            environment = results.environment(self.device)
+            rows = [_row(self.configuration, entry, environment) for entry in self.history]
+            results.write(path, results.Result(self.identity, rows, environment))
+        return path
 
     def _train_epoch(self, progress) -> None:
         batches = self._batches()
@@ -107,7 +125,7 @@ class Run:
         self.model.train()
         started = time.perf_counter() - self.seconds
         while self.step < len(batches):
-            self._train_step(*self.data.batch(batches[self.step]))
+            self._train_step(batches[self.step])
             self.step += 1
             progress(self.epoch, self.step, len(batches))
             if self.checkpoint_every and self.step % self.checkpoint_every == 0:
@@ -115,31 +133,43 @@ class Run:
                 self._save()
         self.seconds = time.perf_counter() - started
 
-    def _train_step(self, x, labels) -> None:
-        loss = F.nll_loss(self.model(x), labels)
+    def _train_step(self, indices: torch.Tensor) -> None:
+        generator = torch.Generator().manual_seed(self._seed(self.step + 1))
+        x, labels = self.data.batch(indices, distributed.share(len(indices)), generator)
+        loss_sum = F.nll_loss(self.forward(x), labels, reduction="sum")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss_sum * (distributed.world_size() / len(indices))).backward()  # the ranks' gradients are averaged
         self.optimizer.step()
-        self.loss_sum.add_(loss.detach(), alpha=len(labels))
+        self.loss_sum += loss_sum.detach()
+
+    def _seed(self, step: int) -> int:
+        """Of what is drawn for a step, counted from 1, or for the epoch's order, step 0."""
+        return self.configuration.seed + (self.epoch << 32) + (step << 40)
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         """The epoch's batches of training indices."""
-        generator = torch.Generator().manual_seed(self.configuration.seed + (self.epoch << 32))
-        order = torch.randperm(len(self.data), generator=generator).to(self.configuration.device)
+        generator = torch.Generator().manual_seed(self._seed(0))
+        order = torch.randperm(len(self.data), generator=generator).to(self.device)
         return order.split(self.network.first if self.epoch == 0 else self.network.batch)
 
-    def _entry(self, correct: list[int], test_seconds: float) -> dict:
+    def _entry(self) -> dict:
+        started = time.perf_counter()
+        correct = correct_by_noise_level(self.model, self.data)
         samples = len(self.data.test_labels)
+        chosen_by = {}
+        if hasattr(self.data, "validation_batches"):
+            chosen_by["validation_accuracy"] = validation_accuracy(self.model, self.data)
         return {
             "epoch": self.epoch + 1,
-            "loss": float(self.loss_sum) / len(self.data),
+            "loss": float(distributed.summed(self.loss_sum)) / len(self.data),
             "test_accuracy": correct[0] / samples,
+            **chosen_by,
             "noise_score": sum(correct),
             "correct": {f"{eta:.2f}": count for eta, count in zip(self.data.noise_levels, correct, strict=True)},
             "samples": samples,
             "entropy": _entropies(self.model),
             "train_seconds": round(self.seconds, 3),
-            "test_seconds": round(test_seconds, 3),
+            "test_seconds": round(time.perf_counter() - started, 3),
         }
 
     def _save(self) -> None:
@@ -148,28 +178,33 @@ class Run:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
-            "loss_sum": self.loss_sum,
+            "loss_sum": distributed.summed(self.loss_sum),
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": torch.get_rng_state(),
         }
-        if self.configuration.device.startswith("cuda"):
-            state["cuda_generator"] = torch.cuda.get_rng_state(self.configuration.device)
-        checkpoint.save(self.folder, state)
+        if self.device.startswith("cuda"):
+            state["cuda_generator"] = torch.cuda.get_rng_state(self.device)
+        if distributed.rank() == 0:
+            checkpoint.save(self.folder, state)
+        distributed.barrier()
 
     def _restore(self, state: dict) -> None:
         for name in ("epoch", "step", "seconds", "history"):
             setattr(self, name, state[name])
-        self.loss_sum.copy_(state["loss_sum"])
+        if distributed.rank() == 0:  # it holds the sum of all
+            self.loss_sum.copy_(state["loss_sum"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["generator"])
         if "cuda_generator" in state:
-            torch.cuda.set_rng_state(state["cuda_generator"], self.configuration.device)
+            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
 
     def _write_log(self) -> None:
         """Writes the log anew from the history, so that it never holds a line too much or half a line."""
+        if distributed.rank() > 0:
+            return
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         checkpoint.write_atomically(self.folder / LOG, lines.encode())
 
@@ -181,3 +216,30 @@ def _entropies(model: nn.Module) -> dict[str, list[float]]:
         for name, layer in model.named_modules()
         if isinstance(layer, (sk.KWinners, sk.KWinners2d))
     }
+
+
+def best_epoch(history: list[dict]) -> dict:
+    """The epoch that the paper's scores are read off: of the best validation score, or test score if there is none."""
+    return max(history, key=lambda entry: float(entry.get("validation_accuracy") or entry["test_accuracy"]))
+
+
+def _row(configuration: Configuration, entry: dict, environment: dict) -> dict:
+    """An epoch as a row of a table."""
+    row = {
+        "network": configuration.network.name,
+        "kind": configuration.kind,
+        "group_size": configuration.group_size,
+        "seed": configuration.seed,
+        "epoch": entry["epoch"],
+        "loss": f"{entry['loss']:.6f}",
+        "validation_accuracy": entry.get("validation_accuracy", ""),
+        "test_accuracy": entry["test_accuracy"],
+        "noise_score": entry["noise_score"],
+        "samples": entry["samples"],
+    }
+    row |= {f"correct {eta}": count for eta, count in entry["correct"].items()}
+    for layer in ("winners1", "winners2", "winners"):
+        entropy, most = entry["entropy"].get(layer, ("", ""))
+        row |= {f"entropy {layer}": entropy, f"max entropy {layer}": most}
+    seconds = {name: entry[name] for name in ("train_seconds", "test_seconds")}
+    return row | seconds | {"device": environment["device"], "threads": environment["threads"]}
