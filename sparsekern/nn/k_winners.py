@@ -86,7 +86,6 @@ class _KWinnersBase(nn.Module):
             return self._before_recomputation.pop()
         return self.duty_cycle
 
-    @torch.no_grad()
     def _update_duty_cycle(self, counts: Tensor, rows_per_sample: int, locations: int) -> None:
         """Equation 6, by the counts of the whole global batch; once a step under activation checkpointing."""
         if _recomputing():

@@ -52,7 +52,7 @@ def autocast(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
     Raises where they are not all of one dtype then, or not on one device.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = (
             t if t is None or t.dtype in (torch.float64, dtype) else t.to(dtype) for t in (x, weight, bias)
