@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sparsekern.paper import __main__ as paper
-from sparsekern.paper import checkpoint, mnist, training
+from sparsekern.paper import checkpoint, mnist, results, training
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks
 from sparsekern.paper.results import ConfigurationMismatch
@@ -51,6 +52,11 @@ class Data:
 
     def test_batches(self, eta, size):
         yield self.test_images * (1 - eta), self.test_labels
+
+
+def environment():
+    """Of a process that finds this module."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
 
 def silent(_):
@@ -224,34 +230,55 @@ def command_line(tmp_path, monkeypatch):
 
 
 def test_command(command_line, capsys):
-    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--data", "here", "--seed", "7"]) == 0
+    arguments = ["train", "sparseCNN1", "--epochs", "2", "--data", "here", "--seed", "7"]
+    assert paper.main(arguments) == 0
     assert command_line == [(Path("here"), 7, False, "cpu")]
     out = capsys.readouterr().out
     assert "sparseCNN1: filters [30]" in out
-    assert "log: runs/sparseCNN1-seed7/log.jsonl" in out
+    assert "log: runs/mnist/sparseCNN1-seed7/log.jsonl" in out
     assert "noise score" in out
-    assert Path("runs/sparseCNN1-seed7/log.jsonl").exists()
-    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--seed", "7"]) == 0
-    assert "resuming after 1 epochs" in capsys.readouterr().out
+    log = Path("runs/mnist/sparseCNN1-seed7/log.jsonl")
+    rows = results.read(Path("runs/mnist/sparseCNN1-seed7.csv")).rows
+    for entry, row in zip(map(json.loads, log.read_text().splitlines()), rows, strict=True):
+        assert (row["run"], row["seed"], row["epoch"]) == ("sparseCNN1", "7", str(entry["epoch"]))
+        assert float(row["test_accuracy"]) == entry["test_accuracy"]
+        assert sum(int(row[f"correct {eta}"]) for eta in ("0.00", "0.50")) == entry["noise_score"]
+        assert float(row["entropy winners"]) == entry["entropy"]["winners"][0]
+    assert paper.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "from runs/mnist/sparseCNN1-seed7.csv" in out
+    assert "loss" not in out
+
+
+def test_command_writes_a_damaged_result_anew(command_line, capsys):
+    arguments = ["train", "sparseCNN1", "--epochs", "1", "--out", "o.csv"]
+    assert paper.main(arguments) == 0
+    rows = results.read(Path("o.csv")).rows
+    Path("o.csv").write_bytes(Path("o.csv").read_bytes()[:-1])
+    assert paper.main(arguments) == 0
+    assert "made anew" in capsys.readouterr().out
+    assert results.read(Path("o.csv")).rows == rows  # times too: they are the checkpoint's, nothing was trained
 
 
 def test_command_for_twins(command_line):
     for option in ("--plain", "--dense"):
         assert paper.main(["train", "denseCNN2SP3", "--epochs", "1", "--group-size", "16", option]) == 0
-    assert sorted(p.name for p in Path("runs").iterdir()) == [
-        "denseCNN2SP3-dense-g16-seed42",
-        "denseCNN2SP3-plain-g16-seed42",
+    assert sorted(p.name for p in Path("runs/mnist").glob("*.csv")) == [
+        "denseCNN2SP3-dense-g16-seed42.csv",
+        "denseCNN2SP3-plain-g16-seed42.csv",
     ]
     with pytest.raises(SystemExit):
         paper.main(["train", "denseCNN2SP3", "--plain", "--dense"])
 
 
 def test_command_says_what_is_wrong(command_line, capsys):
-    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o"]) == 0
-    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o", "--seed", "1"]) == 1
+    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o.csv"]) == 0
+    assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o.csv", "--seed", "1"]) == 1
     assert "seed is 42 there and 1 here" in capsys.readouterr().err
     assert paper.main(["train", "noSuchCNN"]) == 1
     assert "wants one of denseCNN1, denseCNN2" in capsys.readouterr().err
+    assert paper.main(["train", "sparseCNN1", "--out", "o"]) == 1
+    assert "wants a name that ends in .csv for --out, got o" in capsys.readouterr().err
 
 
 def test_command_without_data_says_how_to_get_them(tmp_path, capsys):

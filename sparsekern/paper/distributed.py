@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 @contextmanager
@@ -54,6 +53,18 @@ def summed(t: Tensor) -> Tensor:
     return t
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, of values and of gradients: each rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, t: Tensor) -> Tensor:
+        return summed(t)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return summed(grad)
+
+
 class GlobalBatchNorm(nn.Module):
     """Batch normalisation without learned scale and shift by the statistics of the global batch, on any device.
 
@@ -73,9 +84,9 @@ class GlobalBatchNorm(nn.Module):
             return (x - self.running_mean.view(shape)) * scale.view(shape)
         others = [d for d in range(x.dim()) if d != 1]
         count = summed(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-        mean = all_reduce(x.sum(others)) / count
+        mean = _Sum.apply(x.sum(others)) / count
         centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(others)) / count
+        variance = _Sum.apply(centred.square().sum(others)) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)

@@ -88,6 +88,23 @@ class Mnist:
         return images.flatten(1).scatter(1, positions, NOISE_PIXEL).view_as(images)
 
 
+class GaussianMnist(Mnist):
+    """MNIST under Gaussian pixel noise: ``clamp(x + s * gaussian, 0, 1)`` of pixels in [0, 1], s being the noise level."""
+
+    name = "gaussian"
+    noise_levels = GAUSSIAN_LEVELS
+
+    def __init__(self, folder: Path | None = None, *, seed: int = 42, fetch: bool = False, device="cpu"):
+        super().__init__(folder, seed=seed, fetch=fetch, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        self.gaussian = torch.randn(self.test_images.shape, generator=generator).to(device)
+
+    def noisy(self, eta: float, rows: slice = slice(None)) -> Tensor:
+        """Test images with noise of standard deviation eta, the same normal numbers at every level."""
+        pixels = self.test_images[rows] * STD + MEAN
+        return pixels.add_(self.gaussian[rows], alpha=eta).clamp_(0, 1).sub_(MEAN).div_(STD)
+
+
 def default_folder() -> Path:
     return next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
 
@@ -140,20 +157,3 @@ def _pixel_order(images: int, seed: int) -> Tensor:
     """A random order of each image's pixels: int16 (images, 784)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(images, SIDE * SIDE, generator=generator).argsort(dim=1, stable=True).short()
-
-
-class GaussianMnist(Mnist):
-    """MNIST under Gaussian pixel noise: ``clamp(x + s * gaussian, 0, 1)`` of pixels in [0, 1], s being the noise level."""
-
-    name = "gaussian"
-    noise_levels = GAUSSIAN_LEVELS
-
-    def __init__(self, folder: Path | None = None, *, seed: int = 42, fetch: bool = False, device="cpu"):
-        super().__init__(folder, seed=seed, fetch=fetch, device=device)
-        generator = torch.Generator().manual_seed(seed)
-        self.gaussian = torch.randn(self.test_images.shape, generator=generator).to(device)
-
-    def noisy(self, eta: float, rows: slice = slice(None)) -> Tensor:
-        """Test images with noise of standard deviation eta, the same normal numbers at every level."""
-        pixels = self.test_images[rows] * STD + MEAN
-        return pixels.add_(self.gaussian[rows], alpha=eta).clamp_(0, 1).sub_(MEAN).div_(STD)

@@ -105,30 +105,41 @@ def read_checked(path: Path) -> bytes:
     return content
 
 
+def read_as(path: Path, configuration: dict, *, report=print) -> Result | None:
+    """The result in a file; None where there is none, or a damaged one, which is reported.
+
+    Raises:
+        ConfigurationMismatch: the file holds the result of another configuration.
+    """
+    try:
+        result = read(path)
+    except FileNotFoundError:
+        return None
+    except DamagedResult as damage:
+        report(f"{damage}; made anew")
+        return None
+    check_configuration(path, result.configuration, configuration)
+    report(f"from {path}")
+    return result
+
+
 def made_once(path: Path, configuration: dict, make: Callable[[], list[dict]], *, device="cpu", report=print) -> Result:
     """The result in a file, or, where there is none or a damaged one, what ``make`` returns, written there.
 
     Raises:
         ConfigurationMismatch: the file holds the result of another configuration.
     """
-    configuration = json.loads(json.dumps(configuration))  # as it is read back: lists for tuples
-    try:
+    result = read_as(path, configuration, report=report)
+    if result is None:
+        write(path, Result(configuration, make(), environment(device)))
+        report(f"written to {path}")
         result = read(path)
-    except FileNotFoundError:
-        pass
-    except DamagedResult as damage:
-        report(f"{damage}; made anew")
-    else:
-        check_configuration(path, result.configuration, configuration)
-        report(f"from {path}")
-        return result
-    write(path, Result(configuration, make(), environment(device)))
-    report(f"written to {path}")
-    return read(path)
+    return result
 
 
 def check_configuration(path: Path, there: dict, here: dict) -> None:
     """Raises ConfigurationMismatch where two configurations differ."""
+    here = json.loads(json.dumps(here))  # as it is read back: lists for tuples
     there, here = flat(there), flat(here)
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differing:

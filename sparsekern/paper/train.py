@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from sparsekern.paper import distributed
+from sparsekern.paper import distributed, results
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks
 from sparsekern.paper.progress import console, progress_bar
@@ -19,16 +21,14 @@ from sparsekern.paper.training import LOG, Configuration, Run, best_epoch
 HELP = "train a network and test it under noise"
 PROGRESS_SECONDS = 0.2  # between updates of the bar, which cost more than a step of a small batch
 RUNS = Path("runs")
+INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = {name: ", ".join(networks(name)) for name in DATA_SETS}
     parser.add_argument("name", metavar="NAME", help="; ".join(f"{key}: {value}" for key, value in names.items()))
     parser.add_argument("--data-set", choices=DATA_SETS, default="mnist", help="default: mnist")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
-    parser.add_argument("--download", action="store_true", help="get the files that are not there")
     parser.add_argument("--epochs", type=int, metavar="N", help="by default as many as in the paper")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="checkpoints, log and result; by default runs/...")
     parser.add_argument("--seed", type=int, default=42, help="of weights, data order and noise (default: 42)")
     parser.add_argument(
         "--group-size", type=int, default=1, metavar="G", help="units that share a support (default: 1)"
@@ -36,70 +36,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     twin = parser.add_mutually_exclusive_group()
     twin.add_argument("--plain", action="store_true", help="the same network in plain PyTorch")
     twin.add_argument("--dense", action="store_true", help="the dense ReLU network of the same widths")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the result; log and checkpoints go to a folder beside it (default: runs/...)",
+    )
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides after each epoch")
+    add_machine_arguments(parser)
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that trains takes."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
+    parser.add_argument("--download", action="store_true", help="get the files that are not there")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     known = networks(arguments.data_set)
     if arguments.name not in known:
         raise ValueError(f"wants one of {', '.join(known)} for --data-set {arguments.data_set}, got {arguments.name}")
+    if arguments.out and arguments.out.suffix != ".csv":
+        raise ValueError(f"wants a name that ends in .csv for --out, got {arguments.out}")
+    network = known[arguments.name]
+    if arguments.epochs:
+        network = replace(network, epochs=arguments.epochs)
+    configuration = Configuration(
+        network, arguments.seed, arguments.group_size, arguments.plain, arguments.dense, arguments.device
+    )
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     with distributed.process_group(arguments.device) as device:
-        configuration = Configuration(
-            known[arguments.name],
-            arguments.seed,
-            arguments.group_size,
-            arguments.plain,
-            arguments.dense,
-            arguments.device,
-        )
-        return train(configuration, arguments, device)
+        out = console() if distributed.rank() == 0 else Console(file=io.StringIO())
+        data = load_data(arguments.data_set, arguments, arguments.seed, device)
+        path = arguments.out or default_path(configuration)
+        options = {"device": device, "checkpoint_every": arguments.checkpoint_every}
+        return 0 if train(configuration, data, path, out, **options) else INTERRUPTED
 
 
-def train(configuration: Configuration, arguments: argparse.Namespace, device: str) -> int:
-    out = console() if distributed.rank() == 0 else Console(file=io.StringIO())
-    epochs = configuration.network.epochs if arguments.epochs is None else arguments.epochs
-    folder = arguments.out or default_folder(configuration)
-    data = DATA_SETS[arguments.data_set](arguments.data, seed=arguments.seed, fetch=arguments.download, device=device)
-    out.print(describe(configuration, data, epochs, folder))
-    run = Run(configuration, data, folder, device=device, checkpoint_every=arguments.checkpoint_every, report=out.print)
+def load_data(data_set: str, arguments: argparse.Namespace, seed: int, device: str):
+    return DATA_SETS[data_set](arguments.data, seed=seed, fetch=arguments.download, device=device)
+
+
+def train(configuration: Configuration, data, path: Path, out: Console, **options) -> results.Result | None:
+    """What a run's file holds, after training it, or the rest of it, where there is no such file; None if interrupted."""
+    out.print(describe(configuration, data, log_folder(path)))
+    result = results.read_as(path, configuration.identity(data), report=out.print)
+    if result is not None:
+        return result
+    run = Run(configuration, data, log_folder(path), report=out.print, **options)
     try:
-        history = train_with_bar(run, epochs, out)
+        history = train_with_bar(run, out)
     except KeyboardInterrupt:
         out.print(f"interrupted after {run.epoch} epochs and {run.step} steps; the same command resumes")
-        return 130
-    if history:
-        out.print(epochs_table(history))
-        out.print(noise_table(history))
-    if len(history) == configuration.network.epochs:
-        out.print(f"result: {run.write_result()}")
-    return 0
+        return None
+    out.print(epochs_table(history))
+    out.print(noise_table(history))
+    result = run.write_result(path)
+    out.print(f"result: {path}")
+    return result
 
 
-def default_folder(configuration: Configuration, runs: Path = RUNS) -> Path:
-    network = configuration.network
-    parts = [network.name] if network.data_set == "mnist" else [network.data_set, network.name]
-    if configuration.kind != "sparse":
-        parts.append(configuration.kind)
-    if configuration.group_size > 1:
-        parts.append(f"g{configuration.group_size}")
-    return runs / "-".join([*parts, f"seed{configuration.seed}"])
+def log_folder(path: Path) -> Path:
+    """Where a run's log and checkpoints are, beside its result."""
+    return path.with_suffix("")
 
 
-def describe(configuration: Configuration, data, epochs: int, folder: Path) -> str:
+def default_path(configuration: Configuration, runs: Path = RUNS) -> Path:
+    return runs / configuration.network.data_set / f"{configuration.label}-seed{configuration.seed}.csv"
+
+
+def describe(configuration: Configuration, data, folder: Path) -> str:
     network = configuration.network
     what = {"sparse": "", "plain": " in plain PyTorch", "dense": " as a dense ReLU network"}[configuration.kind]
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     return (
         f"{network.name}{what}: filters {network.filters}, winners {network.k}; hidden {network.hidden}, winners "
         f"{network.winners}, weight density {network.density}, group size {configuration.group_size}\n"
-        f"{epochs} epochs of {len(data)} samples from {data.folder}, batch {network.first} then {network.batch}, "
+        f"{network.epochs} epochs of {len(data)} samples from {data.folder}, batch {network.first} then {network.batch}, "
         f"seed {configuration.seed}, {configuration.device}{ranks}\n"
         f"log: {folder / LOG}"
     )
 
 
-def train_with_bar(run: Run, epochs: int, console: Console) -> list[dict]:
+def train_with_bar(run: Run, console: Console) -> list[dict]:
     with progress_bar(console) as bar:
         task = bar.add_task(f"epoch {run.epoch + 1}", total=None)
         due = 0.0
@@ -111,7 +133,7 @@ def train_with_bar(run: Run, epochs: int, console: Console) -> list[dict]:
                 due = now + PROGRESS_SECONDS
                 bar.update(task, description=f"epoch {epoch + 1}", completed=step, total=steps)
 
-        return run.train(epochs, progress)
+        return run.train(run.network.epochs, progress)
 
 
 def epochs_table(history: list[dict]) -> Table:

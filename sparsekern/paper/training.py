@@ -17,7 +17,7 @@ from sparsekern.paper.evaluate import correct_by_noise_level, validation_accurac
 from sparsekern.paper.networks import Network, build
 from sparsekern.paper.plain import rezero_
 
-LOG, RESULT = "log.jsonl", "result.csv"
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Configuration:
     @property
     def kind(self) -> str:
         return "plain" if self.plain else "dense" if self.dense else "sparse"
+
+    @property
+    def label(self) -> str:
+        """The network's name, and in what it is not the paper's."""
+        kind = "" if self.kind == "sparse" else f"-{self.kind}"
+        group = f"-g{self.group_size}" if self.group_size > 1 else ""
+        return self.network.name + kind + group
+
+    def identity(self, data) -> dict:
+        """As a run's files name it: the configuration and the data's checksum."""
+        return {**asdict(self), "data": data.checksum}
 
 
 class Run:
@@ -64,7 +75,7 @@ class Run:
         self.data = data
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
-        self.identity = {**asdict(configuration), "data": data.checksum}
+        self.identity = configuration.identity(data)
         self.folder.mkdir(parents=True, exist_ok=True)
         state = checkpoint.load(self.folder, report=report)
         if state is not None:
@@ -109,14 +120,14 @@ class Run:
             self._write_log()
         return self.history
 
-    def write_result(self) -> Path:
+    def write_result(self, path: Path) -> results.Result:
         """Writes what a finished run has to say, a row an epoch, for the tables."""
-        path = self.folder / RESULT
+        environment = results.environment(self.device)
+        rows = [_row(self.configuration, entry, environment) for entry in self.history]
+        result = results.Result(self.identity, rows, environment)
         if distributed.rank() == 0:
-            environment = results.environment(self.device)
-            rows = [_row(self.configuration, entry, environment) for entry in self.history]
-            results.write(path, results.Result(self.identity, rows, environment))
-        return path
+            results.write(path, result)
+        return result
 
     def _train_epoch(self, progress) -> None:
         batches = self._batches()
@@ -219,16 +230,14 @@ def _entropies(model: nn.Module) -> dict[str, list[float]]:
 
 
 def best_epoch(history: list[dict]) -> dict:
-    """The epoch that the paper's scores are read off: of the best validation score, or test score if there is none."""
+    """The epoch or row that the paper's scores are read off: of the best validation, or else test, accuracy."""
     return max(history, key=lambda entry: float(entry.get("validation_accuracy") or entry["test_accuracy"]))
 
 
 def _row(configuration: Configuration, entry: dict, environment: dict) -> dict:
     """An epoch as a row of a table."""
     row = {
-        "network": configuration.network.name,
-        "kind": configuration.kind,
-        "group_size": configuration.group_size,
+        "run": configuration.label,
         "seed": configuration.seed,
         "epoch": entry["epoch"],
         "loss": f"{entry['loss']:.6f}",
