@@ -1,6 +1,7 @@
 """The comparison with the float64 oracle that the tests of the linear and convolution ops share."""
 
 import torch
+
 from tolerance import assert_sums_close
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import DTYPES, DUTY_CYCLE, assert_same_bits
 
 import sparsekern as sk
 from sparsekern.ops import k_winners_reference as reference
 from sparsekern.ops.k_winners_reference import unpack_winners
+from tolerance import DTYPES, DUTY_CYCLE, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 ops = torch.ops.sparsekern

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import compare, run, sparse_randn
-from tolerance import DTYPES, assert_same_bits, assert_sums_close
 
 import sparsekern as sk
+from oracle import compare, run, sparse_randn
 from sparsekern.nn.mask import draw_supports, mask_to_indices, supports_to_indices
 from sparsekern.ops.sparse_linear_reference import densify
+from tolerance import DTYPES, assert_same_bits, assert_sums_close
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 ops = torch.ops.sparsekern
