@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import sparsekern as sk
 
+TINY = torch.finfo(torch.float64).tiny
+
 
 class WrongResult(Exception):
     """A result or gradient is outside its bound; the message says which, and by how much."""
@@ -23,7 +25,7 @@ class WrongResult(Exception):
 
 @dataclass
 class Checked:
-    """What a check found: the largest error relative to the largest reference value, and the products."""
+    """What a check found: the largest error relative to the largest sum of magnitudes of products, and the products."""
 
     error: float = 0.0
     dense_products: int = 0
@@ -98,7 +100,8 @@ class DenseReference:
                 exact[i], bound = exact[i] * (call.x != 0), bound * (call.x != 0)
             if name == "grad_weight" and self.exists is not None and not is_dense:
                 exact[i], bound = exact[i] * self.exists, bound * self.exists
-            checked.error = max(checked.error, _compare(name, got, exact[i], bound))
+            error = _compare(name, got, exact[i], bound)
+            checked.error = max(checked.error, error / float(scale[i].max().clamp(min=TINY)) if got.numel() else 0.0)
         self._count(checked, call, terms)
         return checked
 
@@ -193,6 +196,7 @@ def _require(condition, message: str) -> None:
 
 
 def _compare(name: str, got: Tensor, exact: Tensor, bound: Tensor) -> float:
+    """The largest error."""
     if got.shape != exact.shape:
         raise WrongResult(f"{name}: wants shape {tuple(exact.shape)}, got {tuple(got.shape)}")
     error = (got.double() - exact).abs()
@@ -203,4 +207,4 @@ def _compare(name: str, got: Tensor, exact: Tensor, bound: Tensor) -> float:
             f"{name}: {int((~within).sum())} of {got.numel()} values are wrong, the worst {got.flatten()[worst]:.6g} for "
             f"{exact.flatten()[worst]:.6g}, allowed {bound.flatten()[worst]:.2g}"
         )
-    return float(error.max() / exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)) if got.numel() else 0.0
+    return float(error.max()) if got.numel() else 0.0

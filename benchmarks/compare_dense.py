@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from cases import Case, Options
 from checking import WrongResult
 from layer_cases import layer_cases
 from network_cases import network_cases
-from report import HEADER, Result, environment, format_table, table_rows, write_csv
+from progress import progress
+from report import OTHERS, Result, caption, environment, table_lines, write_csv
 from timing import interleaved
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -34,11 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compare_dense: no case matches {arguments.only.pattern!r}", file=sys.stderr)
         return 2
     options = Options(arguments.device, DTYPES[arguments.dtype], compiled=arguments.full)
-    seconds = SECONDS["full" if arguments.full else "quick"]
-    results, wrong = run(cases, options, seconds)
     where = environment(options.device, options.dtype)
     print(caption(where))
-    print(format_table(HEADER, table_rows(results)))
+    print(f"Checked against float64 first, then timed side by side; dense is the best of {forms(options)}.\n")
+    results, wrong = [], []
+    others = OTHERS if options.dtype == torch.float32 else tuple(role for role in OTHERS if role != "bf16")
+    with progress(cases) as shown:
+        for line in table_lines(keep(results, run(shown, options, arguments.full, wrong)), others):
+            print(line, flush=True)
     for message in wrong:
         print(f"WRONG RESULT, not timed: {message}", file=sys.stderr)
     if arguments.csv:
@@ -48,6 +53,17 @@ def main(argv: list[str] | None = None) -> int:
 
         plot(arguments.plot, results, where)
     return 1 if wrong else 0
+
+
+def forms(options: Options) -> str:
+    return "as written, channels-last and compiled" if options.compiled else "as written and channels-last"
+
+
+def keep(kept: list, items: Iterable) -> Iterator:
+    """The items, each put into a list as it passes."""
+    for item in items:
+        kept.append(item)
+        yield item
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -82,17 +98,13 @@ def all_cases() -> list[Case]:
     return [*network_cases(), *layer_cases()]
 
 
-def run(cases: list[Case], options: Options, seconds: float) -> tuple[list[Result], list[str]]:
-    """Checks and then times each case; a wrong one is not timed, but named with what was wrong."""
-    results, wrong = [], []
-    with progress(len(cases)) as advance:
-        for case in cases:
-            advance(str(case))
-            try:
-                results.append(run_case(case, options, seconds))
-            except WrongResult as error:
-                wrong.append(f"{case}: {error}")
-    return results, wrong
+def run(cases: Iterable[Case], options: Options, full: bool, wrong: list[str]) -> Iterator[Result]:
+    """Checks and then times each case; a wrong one is not timed, but put down with what was wrong."""
+    for case in cases:
+        try:
+            yield run_case(case, options, SECONDS["full" if full else "quick"])
+        except WrongResult as error:
+            wrong.append(f"{case}: {error}")
 
 
 def run_case(case: Case, options: Options, seconds: float) -> Result:
@@ -103,35 +115,6 @@ def run_case(case: Case, options: Options, seconds: float) -> Result:
     torch.compiler.reset()
     savings = checked.dense_products / checked.products if checked.products else None
     return Result(case.name, case.work, case.batch, savings, checked.error, timings)
-
-
-@contextlib.contextmanager
-def progress(total: int):
-    """Yields a function that is called with the name of each case as it begins."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        yield lambda name: print(name, file=sys.stderr)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        begun = 0
-
-        def advance(name):
-            nonlocal begun
-            bar.update(task, description=name, completed=begun)
-            begun += 1
-
-        yield advance
-
-
-def caption(where: dict[str, str]) -> str:
-    return (
-        f"{where['hardware']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}, "
-        f"kernels: {where['kernels']}, {where['date']}, commit {where['commit']}"
-    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsekern as sk
 from cases import POOL, Case, Options, Prepared, images, in_turn, layer_input, network, settled
 from checking import Call, Checked, DenseReference, check_k_winners
-from report import OTHER, OURS
+from report import DENSE, OURS
 from sparsekern.paper.plain import PlainKWinners, PlainKWinners2d
 
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -55,8 +55,8 @@ def conv_cases():
 
 def k_winners_cases():
     for name, layer, title in (
-        ("speech sparseCNN2", "winners", "k-winners n=1000 k=100"),
-        ("speech sparseCNN2", "winners1", "k-winners n=12544 k=1200"),
+        ("speech sparseCNN2", "winners", "k-winners n=1000 k=100, against torch ops"),
+        ("speech sparseCNN2", "winners1", "k-winners n=12544 k=1200, against torch ops"),
     ):
         yield Case(title, "training forward", 64, partial(_prepare_k_winners, name, layer))
 
@@ -122,14 +122,19 @@ def _gradient(layer: nn.Module, following: nn.Module, x: Tensor) -> Tensor:
 
 def linear_implementations(layer: sk.SparseLinear, options: Options, training: bool) -> list[Implementation]:
     dense = layer.to_dense()
-    ways = [Implementation(OURS, "sparsekern", layer), Implementation("dense", "F.linear", dense)]
-    if options.compiled:
-        ways.append(Implementation("dense", "F.linear compiled", torch.compile(dense, dynamic=False)))
+    ways = [Implementation(OURS, "sparsekern", layer), *_as_written_and_compiled(DENSE, "F.linear", dense, options)]
     if options.dtype == torch.float32:
         low = copy.deepcopy(dense).bfloat16()
-        ways.append(Implementation(OTHER, "bf16", low, torch.Tensor.bfloat16))
+        ways += _as_written_and_compiled("bf16", "F.linear bf16", low, options, torch.Tensor.bfloat16)
     if not training and layer.density < 1 and options.dtype in (torch.float32, torch.float64):
-        ways.append(Implementation(OTHER, "CSR", _csr(dense)))
+        ways.append(Implementation("CSR", "torch.sparse CSR", _csr(dense)))
+    return ways
+
+
+def _as_written_and_compiled(role, name, module, options, convert=lambda t: t) -> list[Implementation]:
+    ways = [Implementation(role, name, module, convert)]
+    if options.compiled:
+        ways.append(Implementation(role, f"{name} compiled", torch.compile(module, dynamic=False), convert))
     return ways
 
 
@@ -149,14 +154,14 @@ def _conv_implementations(layer: sk.SparseConv2d, options: Options) -> list[Impl
     ways = [
         Implementation(OURS, "sparsekern", ours, contiguous),
         Implementation(OURS, "sparsekern channels-last", ours_last, channels_last),
-        Implementation("dense", "F.conv2d", dense, contiguous),
-        Implementation("dense", "F.conv2d channels-last", last, channels_last),
+        Implementation(DENSE, "F.conv2d", dense, contiguous),
+        *_as_written_and_compiled(DENSE, "F.conv2d channels-last", last, options, channels_last),
     ]
-    if options.compiled:
-        ways.append(Implementation("dense", "F.conv2d compiled", torch.compile(last, dynamic=False), channels_last))
     if options.dtype == torch.float32:
         low = copy.deepcopy(last).bfloat16()
-        ways.append(Implementation(OTHER, "bf16", low, lambda t: channels_last(t.bfloat16())))
+        ways += _as_written_and_compiled(
+            "bf16", "F.conv2d bf16 channels-last", low, options, lambda t: channels_last(t.bfloat16())
+        )
     return ways
 
 
@@ -173,7 +178,7 @@ def prepare(ways: list[Implementation], layer: nn.Module, pool: list, training: 
         else:
             functions[way.role, way.name] = in_turn(way.module, [x for x, _ in converted])
             function = partial(_forward, way.module)
-        if way.role != OTHER:
+        if way.role in (OURS, DENSE):
             members = converted if way.role == OURS else converted[:1]
             calls.append((way.role, function, members))
 
@@ -207,9 +212,9 @@ def _prepare_k_winners(name: str, layer: str, options: Options) -> Prepared:
     ours = model.get_submodule(layer)
     plain = copy.deepcopy(ours)
     plain.__class__ = PlainKWinners2d if isinstance(ours, sk.KWinners2d) else PlainKWinners
-    rivals = {("torch", "torch ops"): plain}
+    rivals = {(DENSE, "torch ops"): plain}
     if options.compiled:
-        rivals["torch", "torch ops compiled"] = torch.compile(copy.deepcopy(plain), dynamic=False)
+        rivals[DENSE, "torch ops compiled"] = torch.compile(copy.deepcopy(plain), dynamic=False)
     functions = {key: in_turn(module, xs) for key, module in {(OURS, "sparsekern"): ours, **rivals}.items()}
 
     def check() -> Checked:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import sparsekern as sk
 from cases import POOL, Case, Options, Prepared, images, in_turn, network, settled
 from checking import Call, Checked, DenseReference, check_k_winners
-from report import OURS
+from report import DENSE, OURS
 from sparsekern.paper.networks import CLASSES, Network
 from sparsekern.paper.plain import rezero_
 
@@ -41,7 +41,7 @@ def _prepare(name: str, group_size: int, batch: int, training: bool, options: Op
         for _ in range(POOL[batch])
     ]
     functions, ours = {}, []
-    for role, kind in ((OURS, {}), ("plain", {"plain": True}), ("dense", {"dense": True})):
+    for role, kind in ((OURS, {}), ("plain", {"plain": True}), (DENSE, {"dense": True})):
         for form, channels_last, compiled in _forms(options):
             model = settled(net, options, group_size=group_size, **kind).train(training)
             model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -6,6 +6,7 @@ import csv
 import datetime
 import platform
 import subprocess
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,23 +16,21 @@ import sparsekern as sk
 from sparsekern.ops import _library
 from timing import Timing
 
-OURS, OTHER = "sparsekern", "other"
-HEADER = (
-    "layer or network", "work", "B", "against", "dense ms", "sparse ms", "speed-up", "savings", "realised", "max error",
-    "speed-up over others",
-)  # fmt: skip
+OURS, DENSE = "sparsekern", "dense"
+OTHERS = ("plain", "bf16", "CSR")  # rivals that have a column of their own, where a case has them
 COLUMNS = (
     "case", "work", "batch", "savings", "max_error", "role", "implementation", "ms", "ms_low", "ms_high", "samples",
     "device", "dtype", "threads", "hardware", "torch", "sparsekern", "kernels", "compiler", "commit", "date",
 )  # fmt: skip
+HEADER = ("layer or network", "B", "dense ms", "sparse ms", "speed-up", "savings", "realised", "max error")
+WIDTHS = (23, 4, 10, 11, 8, 7, 8, 9)
 
 
 @dataclass
 class Result:
-    """One case: the times of all implementations, by role and name.
+    """One case: the times of all implementations by role and name, of which the best of each role counts.
 
-    Roles: ``sparsekern``, whose best counts; each rival that the case is compared with (``dense``, and for networks
-    ``plain``), of whose implementations the best counts; ``other`` for the rest, such as another dtype.
+    Roles: ``sparsekern``; ``dense``, what it is compared with; and further rivals (OTHERS).
     """
 
     case: str
@@ -41,38 +40,45 @@ class Result:
     max_error: float
     timings: dict[tuple[str, str], Timing] = field(default_factory=dict)
 
-    def best(self, role: str) -> tuple[str, Timing]:
-        """The fastest implementation of a role."""
-        candidates = {name: timing for (r, name), timing in self.timings.items() if r == role}
-        return min(candidates.items(), key=lambda item: item[1].median)
+    def best(self, role: str) -> Timing:
+        return min((t for (r, _), t in self.timings.items() if r == role), key=lambda t: t.median)
 
     def roles(self) -> list[str]:
-        return list(dict.fromkeys(role for role, _ in self.timings if role not in (OURS, OTHER)))
+        return list(dict.fromkeys(role for role, _ in self.timings))
 
-    def speedup(self, role: str) -> float:
-        return self.best(role)[1].median / self.best(OURS)[1].median
+    def speedup(self, role: str = DENSE) -> float:
+        return self.best(role).median / self.best(OURS).median
+
+    def realised(self) -> float | None:
+        """The measured speed-up as a fraction of the savings."""
+        return None if self.savings is None else self.speedup() / self.savings
 
 
-def table_rows(results: list[Result]) -> list[tuple[str, ...]]:
-    """The cells of HEADER, a row for each role that a case is compared with."""
-    rows = []
+def table_lines(results: Iterable[Result], others: Sequence[str] = OTHERS) -> Iterator[str]:
+    """The table line by line, as the results come: a heading for each layer or network, a row for each of its cases."""
+    titles = [*HEADER, *(f"over {role}" for role in others)]
+    widths = [*WIDTHS, *(10 for _ in others)]
+    yield _aligned(titles, widths)
+    last = None
     for result in results:
-        ours = result.best(OURS)[1]
-        others = ", ".join(
-            f"{name} {timing.median / ours.median:.1f}x" for (r, name), timing in result.timings.items() if r == OTHER
-        )
-        for role in result.roles():
-            name, rival = result.best(role)
-            speedup = result.speedup(role)
-            saved = result.savings is not None
-            rows.append(
-                (
-                    result.case, result.work, str(result.batch), name if name.startswith(role) else f"{role}, {name}",
-                    _ms(rival), _ms(ours), f"{speedup:.2f}x", f"{result.savings:.1f}x" if saved else "-",
-                    f"{speedup / result.savings:.2f}" if saved else "-", f"{result.max_error:.0e}", others,
-                )
-            )  # fmt: skip
-    return rows
+        if result.case != last:
+            last = result.case
+            yield f"\n{result.case}"
+        yield _aligned([f"  {result.work}", *cells(result)[2:], *(_over(result, role) for role in others)], widths)
+
+
+def cells(result: Result) -> list[str]:
+    """Case, work and the rest of HEADER."""
+    savings, realised = result.savings, result.realised()
+    return [
+        result.case, result.work, str(result.batch), _ms(result.best(DENSE)), _ms(result.best(OURS)),
+        f"{result.speedup():.2f}x", "" if savings is None else f"{savings:.1f}x",
+        "" if realised is None else f"{realised:.2f}", f"{result.max_error:.0e}",
+    ]  # fmt: skip
+
+
+def _over(result: Result, role: str) -> str:
+    return f"{result.speedup(role):.2f}x" if role in result.roles() else ""
 
 
 def _ms(timing: Timing) -> str:
@@ -81,14 +87,19 @@ def _ms(timing: Timing) -> str:
     return f"{timing.median:.3g} ±{100 * spread:.0f}%"
 
 
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[int, ...] = (0, 1, 3, 10)) -> str:
-    """Aligned plain text, which stays a table in a file and in a narrow pipe."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in [header, *rows]
-    ]
-    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+def _aligned(texts: list[str], widths: list[int]) -> str:
+    first, *rest = (
+        f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(texts, widths, strict=True))
+    )
+    return "  ".join([first, *rest]).rstrip()
+
+
+def caption(where: dict[str, str]) -> str:
+    threads = f"{where['threads']} thread{'s' if where['threads'] != '1' else ''}"
+    return (
+        f"{where['hardware']}, {threads}, {where['dtype']}, torch {where['torch']}, kernels: {where['kernels']}, "
+        f"{where['date']}, commit {where['commit'] or 'unknown'}"
+    )
 
 
 def environment(device: str, dtype: torch.dtype) -> dict[str, str]:
