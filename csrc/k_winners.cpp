@@ -24,12 +24,12 @@ std::tuple<Tensor, Tensor, Tensor> k_winners(const Tensor& x, int64_t k, const s
   KWinnersArgs args{dtype_of("k_winners", x), x.data_ptr(), y.data_ptr(), static_cast<uint8_t*>(winners.data_ptr()),
                     nullptr, n, k, channels, inner};
   const float strength = boost_strength ? *static_cast<const float*>(boost_strength->data_ptr()) : 0.0f;
-  std::optional<Tensor> factors;
   if (duty_cycle && strength != 0 && n > 0) { // a strength of 0 multiplies by 1
-    factors = torch::stable::new_empty(x, {n}, ScalarType::Float);
-    args.factors = static_cast<float*>(factors->data_ptr());
-    kernels.boost_factors(static_cast<const float*>(duty_cycle->data_ptr()), double(k) / double(n), strength, channels,
-                          inner, n, static_cast<float*>(factors->data_ptr()));
+    const Tensor duty = torch::stable::contiguous(*duty_cycle);
+    float* factors = static_cast<float*>(scratch(kFactorsSlot, size_t(n) * sizeof(float)));
+    kernels.boost_factors(static_cast<const float*>(duty.data_ptr()), double(k) / double(n), strength, channels, inner,
+                          n, factors);
+    args.factors = factors;
   }
 
   // Each chunk counts for itself, so that counting needs no atomics.

@@ -6,6 +6,8 @@
 
 namespace sparsekern {
 
+constexpr int kFactorsSlot = 3; // of scratch(): the kernels use 0 to 2
+
 struct KWinnersArgs {
   DType dtype;
   const void* x;        // (rows, n)

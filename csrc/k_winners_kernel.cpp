@@ -14,11 +14,20 @@ template <class T> struct key_for { using type = int32_t; };
 template <> struct key_for<double> { using type = int64_t; };
 template <class T> using key_t = typename key_for<T>::type;
 
-// Eight lanes: wider than a register, GCC 12 would take comparisons and conversions apart into scalars.
-constexpr int kFactors = 8;
-typedef double factors_t __attribute__((vector_size(8 * kFactors)));
-typedef int64_t factor_bits_t __attribute__((vector_size(8 * kFactors)));
+constexpr int kFactors = kRegLanes<double>;
+using factors_t = reg<double>;
+using factor_bits_t = reg<int64_t>;
 typedef float narrow_t __attribute__((vector_size(4 * kFactors)));
+
+SPARSEKERN_INLINE factors_t multiply_add(factors_t a, factors_t b, factors_t c) {
+#if defined(__AVX512F__)
+  return (factors_t)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (factors_t)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
 
 // exp in double to about 1 ulp: 2^n times the Taylor series on |r| <= ln(2)/2, whose first dropped term is below 2^-57.
 // The result is rounded to float, where every body agrees.
@@ -28,10 +37,10 @@ SPARSEKERN_INLINE factors_t exp_double(factors_t x) {
   const factors_t shifted = x * 1.4426950408889634 + 0x1.8p52; // the integer is in the low bits
   const factors_t n = shifted - 0x1.8p52;
   const factors_t r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33; // ln(2) in two parts, the first short
-  factors_t p = factors_t{} + 1.0 / 6227020800;
   constexpr double kSeries[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
                                 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
-  for (const double c : kSeries) p = p * r + c;
+  factors_t p = factors_t{} + 1.0 / 6227020800;
+  for (const double c : kSeries) p = multiply_add(p, r, factors_t{} + c);
   return p * (factors_t)(((factor_bits_t)shifted + 1023) << 52);
 }
 
@@ -65,27 +74,32 @@ template <class T, bool kBoosted>
 SPARSEKERN_INLINE void make_keys(const T* x, const float* factors, int64_t n, key_t<T>* keys, key_t<T>& lo, key_t<T>& hi) {
   using K = key_t<T>;
   using A = acc_t<T>;
-  vec<K> low = splat(key_traits<K>::nan), high = splat(K(key_traits<K>::lowest));
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    vec<A> v = load(x + j);
-    if constexpr (kBoosted) v *= __builtin_convertvector(load(factors + j), vec<A>);
-    const vec<K> key = key_of(v);
-    low = least(low, key);
-    high = most(high, key);
-    store_keys(keys + j, key);
-  }
-  if (j < n) {
-    vec<A> v = load_first(x + j, n - j);
-    if constexpr (kBoosted) v *= __builtin_convertvector(load_first(factors + j, n - j), vec<A>);
-    store_keys(keys + j, key_of(v));
+  constexpr int kWidth = kRegLanes<K>;
+  reg<K> low = reg<K>{} + key_traits<K>::nan, high = reg<K>{} + key_traits<K>::lowest;
+  const auto some = [&](const T* x, const float* factors, int64_t at) {
+    reg<A> v = load_reg(x);
+    if constexpr (kBoosted) v *= load_reg_as<A>(factors);
+    const reg<K> key = key_of<K>(v);
+    store_keys(keys + at, key);
+    return key;
+  };
+  const auto widen = [&](reg<K> key) { low = key < low ? key : low, high = key > high ? key : high; };
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t j = 0; j < whole; j += kWidth) widen(some(x + j, factors + j, j));
+  if (whole < n) {
+    T rest[kLanes] = {};
+    float factors_rest[kLanes] = {};
+    std::memcpy(rest, x + whole, size_t(n - whole) * sizeof(T));
+    if constexpr (kBoosted) std::memcpy(factors_rest, factors + whole, size_t(n - whole) * sizeof(float));
+    for (int i = 0; i < kLanes; i += kWidth) some(rest + i, factors_rest + i, whole + i);
     pad(keys, n);
-    const vec<K> key = load_keys(keys + j);
-    high = most(high, key);
-    for (; j < n; j++) low[0] = keys[j] < low[0] ? keys[j] : low[0];
+    for (int64_t j = whole; j < n; j++) {
+      low[0] = keys[j] < low[0] ? keys[j] : low[0];
+      high[0] = keys[j] > high[0] ? keys[j] : high[0];
+    }
   }
   lo = low[0], hi = high[0];
-  for (int i = 1; i < kLanes; i++) {
+  for (int i = 1; i < kWidth; i++) {
     lo = low[i] < lo ? low[i] : lo;
     hi = high[i] > hi ? high[i] : hi;
   }
@@ -100,8 +114,10 @@ template <class K> void drop_last(K* keys, int64_t n, K t, int64_t surplus) {
   for (int64_t j = (n - 1) / kLanes * kLanes; surplus > 0; j -= kLanes) {
     uint32_t bits = mask_eq(keys + j, t);
     if (__builtin_popcount(bits) <= surplus) {
-      const vec<K> v = load_keys(keys + j);
-      store_keys(keys + j, v + (vec<K>)(v == splat(t))); // true is -1
+      for (int i = 0; i < kLanes; i += kRegLanes<K>) {
+        const reg<K> v = load_keys(keys + j + i);
+        store_keys(keys + j + i, v + (reg<K>)(v == t)); // true is -1
+      }
       surplus -= __builtin_popcount(bits);
     } else {
       for (; surplus > 0; surplus--) {
@@ -132,10 +148,11 @@ void drop_ties(K* keys, const KWinnersArgs& a, K t, int64_t surplus, int64_t* ti
     }
 }
 
-template <class U> SPARSEKERN_INLINE vec<U> lane_bits() {
-  vec<U> v;
-  for (int i = 0; i < kLanes; i++) v[i] = U(1u << i);
-  return v;
+// All ones in the lanes of a register whose bit is set, from the lowest bit on.
+template <class U> SPARSEKERN_INLINE reg<U> lanes_of(uint32_t bits) {
+  reg<U> lane;
+  for (int i = 0; i < kRegLanes<U>; i++) lane[i] = U(1u << i);
+  return (reg<U>)((lane & (reg<U>{} + U(bits))) != 0);
 }
 
 // Sixteen of x where the bit is set, 0 elsewhere.
@@ -151,10 +168,12 @@ template <class T> SPARSEKERN_INLINE void keep(const T* x, uint32_t bits, T* y) 
   }
 #else
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
-  vec<U> v;
-  std::memcpy(&v, x, sizeof v);
-  v &= (vec<U>)((lane_bits<U>() & U(bits)) != 0);
-  std::memcpy(y, &v, sizeof v);
+  for (int i = 0; i < kLanes; i += kRegLanes<U>) {
+    reg<U> v;
+    std::memcpy(&v, x + i, sizeof v);
+    v &= lanes_of<U>(bits >> i);
+    std::memcpy(y + i, &v, sizeof v);
+  }
 #endif
 }
 template <class T> SPARSEKERN_INLINE void keep_first(const T* x, uint32_t bits, T* y, int64_t n) {
@@ -166,9 +185,8 @@ SPARSEKERN_INLINE void add_bits(int32_t* counts, uint32_t bits) {
   const __m512i c = _mm512_loadu_si512(counts);
   _mm512_storeu_si512(counts, _mm512_mask_add_epi32(c, __mmask16(bits), c, _mm512_set1_epi32(1)));
 #else
-  vec<int32_t> c = load_keys(counts);
-  c -= (vec<int32_t>)((lane_bits<int32_t>() & int32_t(bits)) != 0);
-  store_keys(counts, c);
+  for (int i = 0; i < kLanes; i += kRegLanes<int32_t>)
+    store_keys(counts + i, load_keys(counts + i) - lanes_of<int32_t>(bits >> i));
 #endif
 }
 

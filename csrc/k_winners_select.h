@@ -2,7 +2,7 @@
 #pragma once
 #include <type_traits>
 
-#include "vec.h"
+#include "reg.h"
 
 namespace sparsekern {
 namespace {
@@ -19,21 +19,14 @@ template <> struct key_traits<int64_t> {
   static constexpr int64_t lowest = INT64_MIN, nan = INT64_MAX;
 };
 
+template <class K> SPARSEKERN_INLINE reg<K> load_keys(const K* p) { reg<K> v; std::memcpy(&v, p, sizeof v); return v; }
+template <class K> SPARSEKERN_INLINE void store_keys(K* p, reg<K> v) { std::memcpy(p, &v, sizeof v); }
+
 // NaN becomes the highest key, -0 the key of +0.
-SPARSEKERN_INLINE vec<int32_t> key_of(vec<float> x) {
-  const vec<int32_t> bits = (vec<int32_t>)(x + 0);
-  const vec<int32_t> key = bits ^ ((bits >> 31) & INT32_MAX);
-#if defined(__AVX512F__)
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
-  return (vec<int32_t>)_mm512_mask_mov_epi32((__m512i)key, nan, _mm512_set1_epi32(INT32_MAX));
-#else
-  return blend((vec<int32_t>)(x != x), splat(INT32_MAX), key);
-#endif
-}
-SPARSEKERN_INLINE vec<int64_t> key_of(vec<double> x) {
-  const vec<int64_t> bits = (vec<int64_t>)(x + 0);
-  const vec<int64_t> key = bits ^ ((bits >> 63) & INT64_MAX);
-  return blend((vec<int64_t>)(x != x), splat(INT64_MAX), key);
+template <class K> SPARSEKERN_INLINE reg<K> key_of(reg<typename key_traits<K>::real> x) {
+  const reg<K> bits = (reg<K>)(x + 0);
+  const reg<K> key = bits ^ ((bits >> (8 * sizeof(K) - 1)) & key_traits<K>::nan);
+  return x != x ? reg<K>{} + key_traits<K>::nan : key;
 }
 template <class K> SPARSEKERN_INLINE typename key_traits<K>::real real_of(K key) {
   const K bits = key ^ ((key >> (8 * sizeof(K) - 1)) & key_traits<K>::nan);
@@ -41,26 +34,6 @@ template <class K> SPARSEKERN_INLINE typename key_traits<K>::real real_of(K key)
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-
-template <class K> SPARSEKERN_INLINE vec<K> load_keys(const K* p) { vec<K> v; std::memcpy(&v, p, sizeof v); return v; }
-template <class K> SPARSEKERN_INLINE void store_keys(K* p, vec<K> v) { std::memcpy(p, &v, sizeof v); }
-
-SPARSEKERN_INLINE vec<int32_t> least(vec<int32_t> a, vec<int32_t> b) {
-#if defined(__AVX512F__)
-  return (vec<int32_t>)_mm512_min_epi32((__m512i)a, (__m512i)b);
-#else
-  return blend((vec<int32_t>)(a < b), a, b);
-#endif
-}
-SPARSEKERN_INLINE vec<int32_t> most(vec<int32_t> a, vec<int32_t> b) {
-#if defined(__AVX512F__)
-  return (vec<int32_t>)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#else
-  return blend((vec<int32_t>)(a > b), a, b);
-#endif
-}
-SPARSEKERN_INLINE vec<int64_t> least(vec<int64_t> a, vec<int64_t> b) { return blend((vec<int64_t>)(a < b), a, b); }
-SPARSEKERN_INLINE vec<int64_t> most(vec<int64_t> a, vec<int64_t> b) { return blend((vec<int64_t>)(a > b), a, b); }
 
 // Bit i is set where keys[i] >= t, i in 0..15.
 SPARSEKERN_INLINE uint32_t mask_ge(const int32_t* keys, int32_t t) {
@@ -97,7 +70,8 @@ SPARSEKERN_INLINE uint32_t mask_ge(const int64_t* keys, int64_t t) {
 #endif
 }
 
-// Stores the keys whose bit is set at out, in order; up to out + 16 is written. Returns how many.
+// Stores the keys whose bit is set at out, in order; up to out + 16 is written, and out may be keys or lie
+// below. Returns how many.
 template <class K> SPARSEKERN_INLINE int64_t compress(const K* keys, uint32_t bits, K* out) {
 #if defined(__AVX512F__)
   // Compressed in a register and stored whole: compressing into memory is microcoded on Zen 4.
@@ -110,30 +84,29 @@ template <class K> SPARSEKERN_INLINE int64_t compress(const K* keys, uint32_t bi
   }
   return __builtin_popcount(bits);
 #else
-  int64_t count = 0;
-  for (int i = 0; i < kLanes; i++) { // one after the other: out may overlap keys from below
-    out[count] = keys[i];
-    count += (bits >> i) & 1;
-  }
+  int64_t count = 0; // few are set where candidates are taken out
+  for (; bits != 0; bits &= bits - 1) out[count++] = keys[__builtin_ctz(bits)];
   return count;
 #endif
 }
 
 // How many of `length` keys are at least t > lowest; the padding never is.
 template <class K> SPARSEKERN_INLINE int64_t count_ge(const K* keys, int64_t length, K t) {
+  constexpr int kWidth = kRegLanes<K>;
+  constexpr int64_t kBlock = int64_t(1) << 26; // 32-bit lanes cannot overflow
   int64_t total = 0;
-  constexpr int64_t kBlock = int64_t(1) << 26; // 32-bit lanes and their sum cannot overflow
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t end = begin + kBlock < length ? begin + kBlock : length;
-    vec<K> counts[2] = {};
-    const vec<K> bound = splat(t);
+    reg<K> counts[2] = {};
+    const reg<K> bound = reg<K>{} + t;
     int64_t j = begin;
-    for (; j + 2 * kLanes <= end; j += 2 * kLanes) {
-      counts[0] -= (vec<K>)(load_keys(keys + j) >= bound);
-      counts[1] -= (vec<K>)(load_keys(keys + j + kLanes) >= bound);
+    for (; j + 2 * kWidth <= end; j += 2 * kWidth) {
+      counts[0] -= (reg<K>)(load_keys(keys + j) >= bound);
+      counts[1] -= (reg<K>)(load_keys(keys + j + kWidth) >= bound);
     }
-    for (; j < end; j += kLanes) counts[0] -= (vec<K>)(load_keys(keys + j) >= bound);
-    total += sum<K>(counts[0] + counts[1]);
+    for (; j < end; j += kWidth) counts[0] -= (reg<K>)(load_keys(keys + j) >= bound);
+    counts[0] += counts[1];
+    for (int i = 0; i < kWidth; i++) total += counts[0][i];
   }
   return total;
 }
@@ -177,7 +150,7 @@ template <class K> SPARSEKERN_INLINE K split(const Bracket<K>& b, int64_t k, int
   }
   const R low = real_of(b.lo), high = real_of(b.hi), value = low * (1 - part) + high * part;
   if (!(value > low && value <= high)) return middle; // infinities, neighbours
-  const vec<K> key = key_of(splat(value));
+  const reg<K> key = key_of<K>(reg<R>{} + value);
   return key[0] > b.lo && key[0] <= b.hi ? key[0] : middle;
 }
 

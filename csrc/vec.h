@@ -34,10 +34,6 @@ template <class A> using vec = typename vec_of<A>::type;
 
 template <class A> SPARSEKERN_INLINE vec<A> splat(A a) { return a - vec<A>{}; } // x - 0 is x, so that nothing is computed
 
-// a where the mask (-1 or 0 in each lane) is set, b elsewhere. Written as bit operations: GCC 12 takes `mask ? a : b`
-// apart into scalars where a vector is wider than a register.
-template <class V, class M> SPARSEKERN_INLINE V blend(M mask, V a, V b) { return (V)(((M)a & mask) | ((M)b & ~mask)); }
-
 // a * b + c in one rounding where the instruction set has it.
 SPARSEKERN_INLINE vec<float> fma(vec<float> a, vec<float> b, vec<float> c) {
 #if defined(__AVX512F__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.ops import _check
-from sparsekern.ops.k_winners import k_winners2d_counted, k_winners_counted
+from sparsekern.ops.k_winners import k_winners2d_counted, k_winners_counted, update_duty_cycle_
 
 # Duty cycles that a checkpointed forward leaves for its recomputation, the last first. The bound only matters where
 # recomputations never come.
@@ -84,19 +84,20 @@ class _KWinnersBase(nn.Module):
         """The duty cycle to boost by: that of the first forward where this one recomputes it."""
         if self.training and self._before_recomputation and _recomputing():
             return self._before_recomputation.pop()
-        return self.duty_cycle
+        return self._buffers["duty_cycle"]  # attributes of a module take ten times as long
 
     def _update_duty_cycle(self, counts: Tensor, rows_per_sample: int, locations: int) -> None:
         """Equation 6, by the counts of the whole global batch; once a step under activation checkpointing."""
         if _recomputing():
             return
         if _may_recompute():
-            self._before_recomputation.append(self.duty_cycle.clone())
+            self._before_recomputation.append(self._buffers["duty_cycle"].clone())
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(counts)
-        torch.ops.sparsekern.update_duty_cycle_(
-            self.duty_cycle, self.samples_seen, counts, self.duty_cycle_period, rows_per_sample, locations
+        buffers = self._buffers
+        update_duty_cycle_(
+            buffers["duty_cycle"], buffers["samples_seen"], counts, self.duty_cycle_period, rows_per_sample, locations
         )
 
     def entropy(self) -> Tensor:
@@ -168,7 +169,7 @@ class KWinners(_KWinnersBase):
             raise ValueError(f"KWinners: wants x of shape (..., {self.n}), got {tuple(x.shape)}")
         if self.k == self.n:
             return torch.relu(x)
-        y, counts = k_winners_counted(x, self._k(self.n), self._boosting_duty_cycle(), self.boost_strength)
+        y, counts = k_winners_counted(x, self._k(self.n), self._boosting_duty_cycle(), self._buffers["boost_strength"])
         if self.training:
             self._update_duty_cycle(counts, 1, 1)
         return y
@@ -235,7 +236,9 @@ class KWinners2d(_KWinnersBase):
         if self.k is not None and self.k > n:
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
         self._units = n
-        y, counts = k_winners2d_counted(x, self._k(n), self._boosting_duty_cycle(), self.boost_strength, self.local)
+        y, counts = k_winners2d_counted(
+            x, self._k(n), self._boosting_duty_cycle(), self._buffers["boost_strength"], self.local
+        )
         if self.training and locations > 0:
             self._update_duty_cycle(counts, locations if self.local else 1, locations)
         return y

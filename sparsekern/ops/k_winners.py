@@ -43,19 +43,25 @@ define(
 )
 
 
+# The overloads themselves: a call by the op's name finds them anew each time.
+_k_winners = torch.ops.sparsekern.k_winners.default
+_k_winners_backward = torch.ops.sparsekern.k_winners_backward.default
+update_duty_cycle_ = torch.ops.sparsekern.update_duty_cycle_.default
+
+
 @torch.library.register_vmap("sparsekern::update_duty_cycle_", lib=library)
 def _update_duty_cycle_vmap(info, in_dims, duty_cycle, samples_seen, counts, period, rows_per_sample, locations):
     """vmap makes one batch of its samples; with stacked buffers (an ensemble) each member has its own."""
     if in_dims[0] is None and in_dims[1] is None:
         counts = counts.sum(in_dims[2])
-        torch.ops.sparsekern.update_duty_cycle_(duty_cycle, samples_seen, counts, period, rows_per_sample, locations)
+        update_duty_cycle_(duty_cycle, samples_seen, counts, period, rows_per_sample, locations)
         return None, None
     if in_dims[0] is None or in_dims[1] is None:
         raise ValueError("update_duty_cycle_: wants both duty_cycle and samples_seen stacked under vmap, got one")
     state = (duty_cycle, samples_seen, counts)
     for i in range(info.batch_size):
         member = (t if dim is None else t.select(dim, i) for t, dim in zip(state, in_dims, strict=False))
-        torch.ops.sparsekern.update_duty_cycle_(*member, period, rows_per_sample, locations)
+        update_duty_cycle_(*member, period, rows_per_sample, locations)
     return None, None
 
 
@@ -64,7 +70,7 @@ class KWinnersFunction(Function):
 
     @staticmethod
     def forward(x, k, duty_cycle, boost_strength, channels, inner):
-        return torch.ops.sparsekern.k_winners(x, k, duty_cycle, boost_strength, channels, inner)
+        return _k_winners(x, k, duty_cycle, boost_strength, channels, inner)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -81,7 +87,7 @@ class KWinnersFunction(Function):
         if grad_y.requires_grad and torch.is_grad_enabled():  # a second derivative is asked for
             grad_x = reference.k_winners_backward(grad_y, winners)
         else:
-            grad_x = torch.ops.sparsekern.k_winners_backward(grad_y.contiguous(), winners)
+            grad_x = _k_winners_backward(grad_y.contiguous(), winners)
         return grad_x, None, None, None, None, None
 
 
@@ -90,7 +96,7 @@ def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[T
     if x.requires_grad and torch.is_grad_enabled():
         y, _, counts = KWinnersFunction.apply(x, k, duty_cycle, boost_strength, channels, inner)
     else:
-        y, _, counts = torch.ops.sparsekern.k_winners(x, k, duty_cycle, boost_strength, channels, inner)
+        y, _, counts = _k_winners(x, k, duty_cycle, boost_strength, channels, inner)
     return y, counts
 
 
@@ -120,6 +126,8 @@ def k_winners_counted(x, k, duty_cycle, boost_strength, *, rows=k_winners_rows) 
         raise ValueError("k_winners: wants x of shape (..., n), got a tensor without dimensions")
     n = x.shape[-1]
     check_k_winners("k_winners", x, k, n, duty_cycle, n)
+    if x.dim() == 2:  # views cost as much as a small row
+        return rows(x.contiguous(), k, duty_cycle, boost_strength, n, 1)
     y, counts = rows(x.reshape(math.prod(x.shape[:-1]), n).contiguous(), k, duty_cycle, boost_strength, n, 1)
     return y.view(x.shape), counts
 
