@@ -113,6 +113,11 @@ Tensor dense_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
                       const Ints& padding, bool want_input) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
+  if (x.scalar_type() == ScalarType::Half) { // PyTorch would sum in float16, except where the processor has dot products
+    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+    return torch::stable::to(dense_backward(wide(grad_y), wide(x), wide(weight), stride, padding, want_input),
+                             ScalarType::Half);
+  }
   const Ints ones{1, 1}, zeros{0, 0};
   const std::array<bool, 3> wanted{want_input, !want_input, false};
   std::array<StableIValue, 11> stack{
