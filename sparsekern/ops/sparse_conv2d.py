@@ -73,7 +73,16 @@ class SparseConv2dFunction(Function):
 
 def _dense_strides(x: Tensor) -> Tensor:
     """x itself where it is contiguous or channels-last, else a contiguous copy."""
-    return x.contiguous(memory_format=_memory_format(x))
+    return _plain_strides(x.contiguous(memory_format=_memory_format(x)))
+
+
+def _plain_strides(t: Tensor) -> Tensor:
+    """t, with contiguous strides where one channel makes it both contiguous and channels-last.
+
+    With channels-last strides PyTorch 2.13's dense convolution then reads past the end (5 x 5 pixels, kernel (2, 4),
+    stride (1, 2)).
+    """
+    return t.flatten().view(t.shape) if t.shape[1] == 1 and t.is_contiguous() and t.stride(1) == 1 else t
 
 
 def pair(op: str, name: str, value, low: int) -> list[int]:
@@ -135,7 +144,7 @@ def sparse_conv2d(
     padding = pair("sparse_conv2d", "padding", padding, 0)
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
-    batch = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0))
+    batch, weight = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0)), _plain_strides(weight)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
