@@ -18,9 +18,10 @@ from timing import Timing
 
 OURS, DENSE = "sparsekern", "dense"
 OTHERS = ("plain", "bf16", "CSR")  # rivals that have a column of their own, where a case has them
+ENVIRONMENT = ("device", "dtype", "threads", "hardware", "torch", "sparsekern", "kernels", "compiler", "commit", "date")
 COLUMNS = (
     "case", "work", "batch", "savings", "max_error", "role", "implementation", "ms", "ms_low", "ms_high", "samples",
-    "device", "dtype", "threads", "hardware", "torch", "sparsekern", "kernels", "compiler", "commit", "date",
+    *ENVIRONMENT,
 )  # fmt: skip
 HEADER = ("layer or network", "B", "dense ms", "sparse ms", "speed-up", "savings", "realised", "max error")
 WIDTHS = (23, 4, 10, 11, 8, 7, 8, 9)
@@ -64,7 +65,7 @@ def table_lines(results: Iterable[Result], others: Sequence[str] = OTHERS) -> It
         if result.case != last:
             last = result.case
             yield f"\n{result.case}"
-        yield _aligned([f"  {result.work}", *cells(result)[2:], *(_over(result, role) for role in others)], widths)
+        yield _aligned([f"  {result.work}", *cells(result)[2:], *(over(result, role) for role in others)], widths)
 
 
 def cells(result: Result) -> list[str]:
@@ -77,7 +78,7 @@ def cells(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
-def _over(result: Result, role: str) -> str:
+def over(result: Result, role: str) -> str:
     return f"{result.speedup(role):.2f}x" if role in result.roles() else ""
 
 
@@ -170,5 +171,5 @@ def read_csv(path: Path) -> tuple[list[Result], dict[str, str]]:
             result = results.setdefault(key, Result(*key, savings, float(row["max_error"])))
             timing = Timing(float(row["ms"]), float(row["ms_low"]), float(row["ms_high"]), int(row["samples"]))
             result.timings[row["role"], row["implementation"]] = timing
-            where = {name: row[name] for name in COLUMNS[11:]}
+            where = {name: row[name] for name in ENVIRONMENT}
     return list(results.values()), where

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Takes every committed figure again and writes the tables of README.md and docs/performance.md. Run it on an idle machine.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=benchmarks/results
+mkdir -p "$results"
+for threads in 1 2; do
+  python benchmarks/compare_dense.py --full --threads "$threads" --csv "$results/compare_dense_$threads.csv" --plot docs/speed.png
+done
+python benchmarks/roofline.py --csv "$results/roofline.csv"
+python benchmarks/never_slower.py --csv "$results/never_slower.csv"
+python benchmarks/crossovers.py --csv "$results/crossovers.csv"
+python benchmarks/tables.py

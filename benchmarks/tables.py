@@ -1,0 +1,194 @@
+"""Writes the tables of README.md and docs/performance.md, between their markers, from the CSV files in results/.
+
+python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from report import DENSE, ENVIRONMENT, OTHERS, Result, caption, cells, over, read_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+# The speed-ups to reach, over dense and over the same network in plain PyTorch: (case, work, batch) -> role -> speed-up.
+TARGETS: dict[tuple[str, str, int], dict[str, float]] = {
+    ("mnist sparseCNN2 G=1", "training step", 64): {DENSE: 3, "plain": 5},
+    ("speech sparseCNN2 G=1", "training step", 64): {DENSE: 2.5, "plain": 4},
+    ("k-winners n=1000 k=100, against torch ops", "training forward", 64): {DENSE: 10},
+    ("k-winners n=12544 k=1200, against torch ops", "training forward", 64): {DENSE: 10},
+    ("linear 32768->4096 d=1 k=32 G=16", "decode", 1): {DENSE: 300},
+}
+for case in ("speech sparseCNN2 G=1", "speech superSparseCNN2 G=1"):
+    TARGETS[case, "inference", 1], TARGETS[case, "inference", 64] = {DENSE: 4}, {DENSE: 3}
+for case, first, many, most, both in (
+    ("linear 1600->1000 d=0.4 k=200 G=1", 15, 3.5, 3.5, 3.5),
+    ("linear 1600->1500 d=0.1 k=200 G=1", 20, 6, 5, 6),
+    ("linear 1600->1000 d=0.4 k=200 G=16", 20, 5, 5, 6),
+    ("linear 1600->1500 d=0.1 k=200 G=16", 40, 20, 15, 20),
+    ("conv 64->64 5x5 on 14x14, k=1200 of 12544", 5, 5, None, 4),
+    ("conv 32->64 5x5 on 12x12, k=400 of 4608", 6, 5, None, 4),
+):
+    for batch, reach in ((1, first), (64, many), (1024, most)):
+        if reach:
+            TARGETS[case, "forward", batch] = {DENSE: reach}
+    TARGETS[case, "forward + backward", 64] = {DENSE: both}
+for case in ("linear 1600->1000 d=0.4, dense input", "conv 64->64 5x5 on 14x14, dense input"):
+    TARGETS[case, "forward", 64] = {DENSE: 0.95}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the tables; with --check, 1 where one is out of step with the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where a table is out of step")
+    check = parser.parse_args(argv).check
+    stale = []
+    for document, tables in {"README.md": readme_tables(), "docs/performance.md": performance_tables()}.items():
+        path = ROOT / document
+        old = path.read_text()
+        new = filled(old, tables)
+        if new != old:
+            stale.append(document)
+            if not check:
+                path.write_text(new)
+    if stale:
+        print(f"{'out of step with benchmarks/results' if check else 'written'}: {', '.join(stale)}")
+    return 1 if check and stale else 0
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """The document with each table between its markers; one without results leaves nothing there."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"tables: wants the markers {begin} and {end} once each")
+        body = f"{begin}\n{table}\n{end}" if table else f"{begin}\n{end}"
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, body=body: body, text, flags=re.DOTALL)
+    return text
+
+
+def comparisons() -> list[tuple[list[Result], dict[str, str]]]:
+    """The results of compare_dense, by dtype and number of threads."""
+    read = [read_csv(path) for path in sorted(RESULTS.glob("compare_dense*.csv"))]
+    return sorted(read, key=lambda file: (file[1]["dtype"] != "float32", int(file[1]["threads"])))
+
+
+def readme_tables() -> dict[str, str]:
+    """A row for each network and layer at B=64 (else at its only B), and every row that loses."""
+    files = [file for file in comparisons() if file[1]["dtype"] == "float32"]
+    if not files:
+        return {"speed table": ""}
+    results, where = files[-1]
+    at_64 = {result.case for result in results if result.batch == 64}
+    shown = [r for r in results if r.batch == 64 or r.case not in at_64 or r.speedup() < 1]
+    header = [
+        "layer or network",
+        "work",
+        "B",
+        "dense ms",
+        "sparse ms",
+        "speed-up",
+        "savings",
+        "realised",
+        "over plain",
+        "over bf16",
+    ]
+    rows = [[*cells(r)[:8], over(r, "plain"), over(r, "bf16")] for r in shown]
+    notes = (
+        f"{caption(where)}. Checked against float64 first, then timed side by side. Dense is the fastest of as written, "
+        "channels-last and `torch.compile`d, for a network that of the same widths with ReLU; plain is the same network "
+        "in plain PyTorch (`topk`, masked weights). [All rows, and what bounds them](docs/performance.md)."
+    )
+    return {"speed table": f"![Speed-up over dense PyTorch](docs/speed.png)\n\n{markdown(header, rows)}\n\n{notes}"}
+
+
+def performance_tables() -> dict[str, str]:
+    tables = [f"{caption(where)}\n\n{comparison_table(results)}" for results, where in comparisons()]
+    return {
+        "compare_dense": "\n\n".join(tables),
+        "never_slower": never_slower_table(),
+        "roofline": csv_table(RESULTS / "roofline.csv"),
+    }
+
+
+def comparison_table(results: list[Result]) -> str:
+    header = [
+        "layer or network",
+        "work",
+        "B",
+        "dense ms",
+        "sparse ms",
+        "speed-up",
+        "savings",
+        "realised",
+        "max error",
+        "target",
+    ]
+    rows = [
+        [*cells(result), _target(result, DENSE), *(over(result, role) for role in OTHERS), _target(result, "plain")]
+        for result in results
+    ]
+    return markdown([*header, *(f"over {role}" for role in OTHERS), "target over plain"], rows)
+
+
+def _target(result: Result, role: str) -> str:
+    """The target, and whether it is reached."""
+    target = TARGETS.get((result.case, result.work, result.batch), {}).get(role)
+    if target is None or role not in result.roles():
+        return ""
+    return f"{target:g}x {'reached' if result.speedup(role) >= target else 'missed'}"
+
+
+def never_slower_table() -> str:
+    """How many cases of the grid there are by kind, and every one that counts as slower."""
+    path = RESULTS / "never_slower.csv"
+    if not path.exists():
+        return ""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    header = ["layer", "work", "dtype", "cases", "lowest", "median", "highest", "under 0.95x"]
+    kinds = sorted({(row["layer"], row["work"], row["dtype"]) for row in rows})
+    lines = []
+    for kind in kinds:
+        ratios = sorted(float(row["speedup"]) for row in rows if (row["layer"], row["work"], row["dtype"]) == kind)
+        slow = sum(ratio < 0.95 for ratio in ratios)
+        lines.append(
+            [
+                *kind,
+                str(len(ratios)),
+                *(f"{r:.2f}x" for r in (ratios[0], ratios[len(ratios) // 2], ratios[-1])),
+                str(slow),
+            ]
+        )
+    where = {**rows[0], "dtype": "float32 and bfloat16"}
+    return f"{len(rows)} cases. {caption(where)}\n\n{markdown(header, lines)}"
+
+
+def csv_table(path: Path) -> str:
+    """A result file as it is; the columns that say where it was measured become its caption."""
+    if not path.exists():
+        return ""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    header = [name for name in rows[0] if name not in ENVIRONMENT]
+    return f"{caption(rows[0])}\n\n{markdown(header, ([row[name] for name in header] for row in rows))}"
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A table whose first mention of a layer or network is the only one."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    last = None
+    for first, *rest in rows:
+        lines.append([first if first != last else "", *rest])
+        last = first
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

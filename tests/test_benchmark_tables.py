@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+import tables
+from compare_dense import all_cases
+from report import Result, environment, write_csv
+from timing import Timing
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A folder of results in which every case is three times as fast as dense."""
+    ours, dense = Timing(1.0, 0.9, 1.1, 5), Timing(3.0, 2.9, 3.1, 5)
+    results = [
+        Result(case.name, case.work, case.batch, 10.0, 1e-7, {("sparsekern", "a"): ours, ("dense", "b"): dense})
+        for case in all_cases()
+    ]
+    for threads in ("1", "2"):
+        where = {**environment("cpu", torch.float32), "threads": threads}
+        write_csv(tmp_path / f"compare_dense_{threads}.csv", results, where)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return results
+
+
+def test_documents_are_in_step_with_the_results():
+    assert tables.main(["--check"]) == 0
+
+
+def test_every_target_belongs_to_a_case():
+    cases = {(case.name, case.work, case.batch) for case in all_cases()}
+    assert set(tables.TARGETS) <= cases
+
+
+def test_tables_of_the_results(measured):
+    readme = tables.readme_tables()["speed table"]
+    assert "2 threads, float32" in readme
+    assert readme.count("3.00x") == len([r for r in measured if r.batch == 64]) + 1  # and the decode
+    table = tables.performance_tables()["compare_dense"]
+    assert "1 thread, float32" in table
+    assert "3x reached" in table
+    assert "4x missed" in table
+    assert table.count("\n") > 2 * len(measured)
+
+
+def test_check_finds_a_stale_document(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    marked = {"README.md": ["speed table"], "docs/performance.md": ["compare_dense", "roofline", "never_slower"]}
+    for document, names in marked.items():
+        text = "".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in names)
+        (tmp_path / document).write_text(f"before\n{text}after\n")
+    assert tables.main(["--check"]) == 1
+    assert "out of step with benchmarks/results: README.md, docs/performance.md" in capsys.readouterr().out
+    assert tables.main([]) == 0
+    assert tables.main(["--check"]) == 0
+    assert (tmp_path / "README.md").read_text().startswith("before\n<!-- speed table: begin -->\n![Speed-up")
+    assert (tmp_path / "README.md").read_text().endswith("<!-- speed table: end -->\nafter\n")
+
+
+def test_missing_markers_are_named():
+    with pytest.raises(ValueError, match=r"wants the markers <!-- a: begin --> and <!-- a: end --> once each"):
+        tables.filled("no markers", {"a": "b"})
