@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import compare, run, sparse_randn
-from tolerance import DTYPES, assert_same_bits
 
 import sparsekern as sk
+from oracle import compare, run, sparse_randn
+from tolerance import DTYPES, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 ops = torch.ops.sparsekern
