@@ -39,6 +39,7 @@ def sparsify_(
     Raises:
         ValueError, TypeError: bad arguments or an unknown name in skip, before anything is changed.
     """
+    _check_model("sparsify_", model)
     _check.density("sparsify_", density)
     _check.integer("sparsify_", "group_size", group_size, 1)
     skipped = _skipper(model, skip)
@@ -65,7 +66,13 @@ def densify_(model: nn.Module) -> dict[str, str]:
     def swap(module: nn.Module) -> nn.Module | None:
         return module.to_dense() if isinstance(module, (SparseLinear, SparseConv2d)) else None
 
+    _check_model("densify_", model)
     return _swap_all("densify_", model, swap, lambda name, module: False)
+
+
+def _check_model(op: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: wants an nn.Module, got {type(model).__name__}")
 
 
 def _swap_all(op: str, model: nn.Module, swap, skipped) -> dict[str, str]:

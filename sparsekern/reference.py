@@ -25,7 +25,7 @@ def _rows(x, k, duty_cycle, boost_strength, channels, inner):
 
 def k_winners(x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strength: float = 0.0) -> Tensor:
     """See :func:`sparsekern.functional.k_winners`."""
-    strength = _k_winners.strength_tensor(boost_strength, x)
+    strength = _k_winners.strength_tensor("k_winners", boost_strength, x)
     return _k_winners.k_winners_counted(x, k, duty_cycle, strength, rows=_rows)[0]
 
 
@@ -33,7 +33,7 @@ def k_winners2d(
     x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strength: float = 0.0, local: bool = False
 ) -> Tensor:
     """See :func:`sparsekern.functional.k_winners2d`."""
-    strength = _k_winners.strength_tensor(boost_strength, x)
+    strength = _k_winners.strength_tensor("k_winners2d", boost_strength, x)
     return _k_winners.k_winners2d_counted(x, k, duty_cycle, strength, local, rows=_rows)[0]
 
 

@@ -42,11 +42,9 @@ class _KWinnersBase(nn.Module):
             _check.density(op, density)
         if k is not None:
             _check.integer(op, "k", k, 0, n)
-        if not k_inference_factor >= 0:
-            raise ValueError(f"{op}: wants k_inference_factor at least 0, got {k_inference_factor}")
-        for name, value in (("boost_strength", boost_strength), ("boost_strength_factor", boost_strength_factor)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{op}: wants {name} finite and at least 0, got {value}")
+        _check.at_least_0(op, "k_inference_factor", k_inference_factor)
+        _check.at_least_0(op, "boost_strength", boost_strength)
+        _check.at_least_0(op, "boost_strength_factor", boost_strength_factor)
         _check.integer(op, "duty_cycle_period", duty_cycle_period, 1)
         self.k = k
         self.density = density
@@ -165,6 +163,7 @@ class KWinners(_KWinnersBase):
             self.k, self.density = max(1, round(density * n)), None
 
     def forward(self, x: Tensor) -> Tensor:
+        _check.is_float_tensor("KWinners", "x", x)
         if x.dim() == 0 or x.shape[-1] != self.n:
             raise ValueError(f"KWinners: wants x of shape (..., {self.n}), got {tuple(x.shape)}")
         if self.k == self.n:
@@ -227,6 +226,7 @@ class KWinners2d(_KWinnersBase):
         self._units: int | None = channels if local else None  # of the last map seen; for max_entropy
 
     def forward(self, x: Tensor) -> Tensor:
+        _check.is_float_tensor("KWinners2d", "x", x)
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"KWinners2d: wants x of shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         locations = x.shape[2] * x.shape[3]

@@ -51,7 +51,7 @@ def mask_to_indices(mask: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     if not same.all():
         row = int((~same.all(1)).nonzero()[0])
         raise ValueError(
-            f"SparseLinear: wants a mask whose rows are alike within each group of {group_size}, "
+            f"SparseLinear.from_dense: wants a mask whose rows are alike within each group of {group_size}, "
             f"got row {row} different from row {row // group_size * group_size}"
         )
     inputs, groups = first.t().nonzero(as_tuple=True)

@@ -56,6 +56,7 @@ class SparseConv2d(nn.Module):
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             _check.integer(op, name, value, 1)
         _check.density(op, density)
+        _check.float_dtype(op, "dtype", dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = tuple(pair(op, "kernel_size", kernel_size, 1))

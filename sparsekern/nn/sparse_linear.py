@@ -53,6 +53,7 @@ class SparseLinear(nn.Module):
         dtype=None,
     ):
         _check.density("SparseLinear", density)
+        _check.float_dtype("SparseLinear", "dtype", dtype)
         for name, value in (("in_features", in_features), ("out_features", out_features), ("group_size", group_size)):
             _check.integer("SparseLinear", name, value, 1)
         fan_in = max(1, round(density * in_features))
@@ -183,6 +184,10 @@ class SparseLinear(nn.Module):
         elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"{op}: wants a bool tensor for mask, got {getattr(mask, 'dtype', type(mask).__name__)}")
         _check.shape(op, "mask", mask, (linear.out_features, linear.in_features))
+        if mask.is_meta:
+            raise ValueError(
+                f"{op}: wants {'a mask' if density is None else 'weights'} with values, got the meta device"
+            )
         ccol_indices, row_indices = mask_to_indices(mask, group_size)
         layer = cls.__new__(cls)
         layer._allocate(

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def is_float_tensor(op: str, name: str, t: Tensor) -> None:
+def is_tensor(op: str, name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: wants a tensor for {name}, got {type(t).__name__}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{op}: wants {name} in float32, float64, bfloat16 or float16, got {t.dtype}")
+
+
+def is_float_tensor(op: str, name: str, t: Tensor) -> None:
+    is_tensor(op, name, t)
+    float_dtype(op, name, t.dtype)
+
+
+def float_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"{op}: wants {name} in float32, float64, bfloat16 or float16, got {dtype}")
 
 
 def same(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -27,6 +37,7 @@ def same(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 
 def shape(op: str, name: str, t: Tensor, wanted: tuple[int, ...]) -> None:
+    is_tensor(op, name, t)
     if tuple(t.shape) != wanted:
         raise ValueError(f"{op}: wants {name} of shape {wanted}, got {tuple(t.shape)}")
 
@@ -37,6 +48,13 @@ def integer(op: str, name: str, value: int, low: int, high: int | None = None) -
         raise TypeError(f"{op}: wants an integer {name} {bounds}, got {value!r}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{op}: wants {name} {bounds}, got {value}")
+
+
+def at_least_0(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: wants a number for {name}, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{op}: wants {name} finite and at least 0, got {value}")
 
 
 def density(op: str, value: float) -> None:

@@ -100,10 +100,10 @@ def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[T
     return y, counts
 
 
-def strength_tensor(boost_strength: float, x: Tensor) -> Tensor | None:
+def strength_tensor(op: str, boost_strength: float, x: Tensor) -> Tensor | None:
     """A boost strength as the op wants it; None for no boosting."""
-    if not 0 <= boost_strength < math.inf:
-        raise ValueError(f"k_winners: wants boost_strength finite and at least 0, got {boost_strength}")
+    _check.is_tensor(op, "x", x)
+    _check.at_least_0(op, "boost_strength", boost_strength)
     return torch.full((), boost_strength, dtype=torch.float32, device=x.device) if boost_strength else None
 
 
@@ -111,6 +111,7 @@ def check_k_winners(op: str, x: Tensor, k: int, n: int, duty_cycle: Tensor | Non
     _check.is_float_tensor(op, "x", x)
     _check.integer(op, "k", k, 0, n)
     if duty_cycle is not None:
+        _check.is_tensor(op, "duty_cycle", duty_cycle)
         if duty_cycle.dtype != torch.float32:
             raise TypeError(f"{op}: wants duty_cycle in float32, got {duty_cycle.dtype}")
         _check.shape(op, "duty_cycle", duty_cycle, (channels,))
@@ -169,7 +170,7 @@ def k_winners(x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strengt
         ValueError: wrong rank, k outside 0..n, duty_cycle of another length or device, boost_strength negative.
         TypeError: not a floating-point tensor, duty_cycle not float32, k not an integer.
     """
-    return k_winners_counted(x, k, duty_cycle, strength_tensor(boost_strength, x))[0]
+    return k_winners_counted(x, k, duty_cycle, strength_tensor("k_winners", boost_strength, x))[0]
 
 
 def k_winners2d(
@@ -191,4 +192,4 @@ def k_winners2d(
         ValueError: wrong rank, k out of range, duty_cycle of another length or device.
         TypeError: not a floating-point tensor, duty_cycle not float32, k not an integer.
     """
-    return k_winners2d_counted(x, k, duty_cycle, strength_tensor(boost_strength, x), local)[0]
+    return k_winners2d_counted(x, k, duty_cycle, strength_tensor("k_winners2d", boost_strength, x), local)[0]

@@ -87,7 +87,7 @@ def _plain_strides(t: Tensor) -> Tensor:
 
 def pair(op: str, name: str, value, low: int) -> list[int]:
     """An integer or two of them as a list of two, each at least low."""
-    values = [value, value] if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, (tuple, list)) else [value, value]
     if len(values) != 2:
         raise ValueError(f"{op}: wants one or two integers for {name}, got {value!r}")
     for v in values:
@@ -99,7 +99,7 @@ def check_sparse_conv2d(x, weight, bias, stride, padding) -> None:
     op = "sparse_conv2d"
     _check.is_float_tensor(op, "x", x)
     _check.is_float_tensor(op, "weight", weight)
-    if weight.dim() != 4:
+    if weight.dim() != 4 or 0 in weight.shape[2:]:
         raise ValueError(f"{op}: wants weight of shape (O, C, KH, KW), got {tuple(weight.shape)}")
     if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1]:
         raise ValueError(f"{op}: wants x of shape (B, {weight.shape[1]}, H, W), got {tuple(x.shape)}")

@@ -62,18 +62,24 @@ def check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias
     op = "sparse_linear"
     _check.is_float_tensor(op, "x", x)
     _check.is_float_tensor(op, "weight", weight)
+    for name, t in (("ccol_indices", ccol_indices), ("row_indices", row_indices)):
+        _check.is_tensor(op, name, t)
+        if t.dtype != torch.int32:
+            raise TypeError(f"{op}: wants {name} in int32, got {t.dtype}")
+        if t.dim() != 1:
+            raise ValueError(f"{op}: wants {name} of one dimension, got shape {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: wants all tensors on one device, got x on {x.device} and {name} on {t.device}")
+    _check.integer(op, "out_features", out_features, 1)
     in_features = len(ccol_indices) - 1
+    if in_features < 1:
+        raise ValueError(f"{op}: wants ccol_indices of at least 2 elements, got {len(ccol_indices)}")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{op}: wants x of shape (..., {in_features}), got {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] != len(row_indices):
+    if weight.dim() != 2 or weight.shape[0] != len(row_indices) or weight.shape[1] == 0:
         raise ValueError(f"{op}: wants weight of shape ({len(row_indices)}, group_size), got {tuple(weight.shape)}")
     if bias is not None:
         _check.shape(op, "bias", bias, (out_features,))
-    for name, t in (("ccol_indices", ccol_indices), ("row_indices", row_indices)):
-        if t.dtype != torch.int32:
-            raise TypeError(f"{op}: wants {name} in int32, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{op}: wants all tensors on one device, got x on {x.device} and {name} on {t.device}")
 
 
 def sparse_linear(
