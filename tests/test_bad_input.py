@@ -387,7 +387,7 @@ FROM_DENSE = [
     (ValueError, "wants mask of shape (4, 6), got (24,)", {"mask": x(24).bool()}),
     (TypeError, "wants a bool tensor for mask, got torch.uint8", {"mask": x(4, 6).byte()}),
     (TypeError, "wants a bool tensor for mask, got list", {"mask": [[True] * 6] * 4}),
-    (ValueError, "wants a mask with values, got the meta device", {"mask": meta(4, 6).bool()}),
+    (ValueError, "wants mask with values, got it on the meta device", {"mask": meta(4, 6).bool()}),
     (ValueError, "wants group_size at least 1, got 0", {"density": 0.5, "group_size": 0}),
     (
         ValueError,
@@ -408,10 +408,11 @@ def test_from_dense(error, message, arguments):
 
 
 def test_from_dense_by_magnitudes_that_are_not_there():
+    dense = nn.Linear(6, 4, device="meta")
     refuses(
         ValueError,
-        "SparseLinear.from_dense: wants weights with values, got the meta device",
-        lambda: sk.SparseLinear.from_dense(nn.Linear(6, 4, device="meta"), density=0.5),
+        "SparseLinear.from_dense: wants linear.weight with values, got it on the meta device",
+        lambda: sk.SparseLinear.from_dense(dense, density=0.5),
     )
 
 

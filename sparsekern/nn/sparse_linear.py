@@ -179,15 +179,13 @@ class SparseLinear(nn.Module):
         fan_in = None
         if density is not None:
             _check.density(op, density)
+            _check.has_values(op, "linear.weight", linear.weight)
             fan_in = max(1, round(density * linear.in_features))
             mask = magnitude_mask(linear.weight, fan_in, group_size)
         elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"{op}: wants a bool tensor for mask, got {getattr(mask, 'dtype', type(mask).__name__)}")
         _check.shape(op, "mask", mask, (linear.out_features, linear.in_features))
-        if mask.is_meta:
-            raise ValueError(
-                f"{op}: wants {'a mask' if density is None else 'weights'} with values, got the meta device"
-            )
+        _check.has_values(op, "mask", mask)
         ccol_indices, row_indices = mask_to_indices(mask, group_size)
         layer = cls.__new__(cls)
         layer._allocate(

@@ -42,6 +42,11 @@ def shape(op: str, name: str, t: Tensor, wanted: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: wants {name} of shape {wanted}, got {tuple(t.shape)}")
 
 
+def has_values(op: str, name: str, t: Tensor) -> None:
+    if t.is_meta:
+        raise ValueError(f"{op}: wants {name} with values, got it on the meta device")
+
+
 def integer(op: str, name: str, value: int, low: int, high: int | None = None) -> None:
     bounds = f"at least {low}" if high is None else f"in {low}..{high}"
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
