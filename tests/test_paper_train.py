@@ -43,7 +43,7 @@ class Data:
     def __len__(self):
         return 60
 
-    def batch(self, indices, rows, generator):
+    def batch(self, indices, rows=slice(None), generator=None):
         if self.asked == self.kill_at:
             raise KeyboardInterrupt
         self.asked += 1

@@ -11,11 +11,11 @@ try:
 except ImportError:
     sys.exit("sparsekern.paper: wants rich and matplotlib; run: pip install 'sparsekern[paper]'")
 
-from sparsekern.paper import figure2, figure3, train
+from sparsekern.paper import report, sweep, train
 from sparsekern.paper.checkpoint import DamagedCheckpoint
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult
 
-COMMANDS = {"train": train, "figure2": figure2, "figure3": figure3}
+COMMANDS = {"train": train, "sweep": sweep, **report.SECTIONS, "report": report}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command].run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except (OSError, ValueError, ConfigurationMismatch, DamagedCheckpoint, DamagedResult) as error:
         print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
         return 1

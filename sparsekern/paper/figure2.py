@@ -38,6 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def show(folder: Path) -> list[Path]:
+    drawn = folder / f"{NAME}.png"
+    return [drawn] if drawn.exists() else []
+
+
 def active(name: str, n: int) -> int:
     """The number of active bits that a curve's name stands for."""
     return n // 2 if name == "n/2" else int(name)

@@ -39,6 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def show(folder: Path) -> list[Path]:
+    drawn = folder / f"{NAME}.png"
+    return [drawn] if drawn.exists() else []
+
+
 def points() -> list[tuple[str, str, int, float]]:
     """The panel, a, n and scale of each point."""
     return [

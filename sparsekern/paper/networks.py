@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from torch import nn
@@ -57,12 +58,34 @@ class Network:
 
 def networks(data_set: str) -> dict[str, Network]:
     """The networks of a data set (``mnist``, ``speech`` or ``gaussian``) by name, in the order of the paper's tables."""
-    with open(Path(__file__).with_name("networks.toml"), "rb") as file:
-        table = tomllib.load(file)[data_set]
+    table = _tables()[data_set]
     return {
         name: Network(data_set, name, **dict(zip(table["columns"], row, strict=True)), **table["common"])
         for name, row in table["networks"].items()
     }
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network's row of Table 1 or 2."""
+
+    test: float
+    test_std: float
+    noise: float
+    noise_std: float
+    samples: int  # that a noise level was tested on
+
+
+def published(data_set: str) -> dict[str, Published]:
+    """The paper's scores by network."""
+    table = _tables()[data_set].get("published", {"samples": 0, "scores": {}})
+    return {name: Published(*scores, table["samples"]) for name, scores in table["scores"].items()}
+
+
+@cache
+def _tables() -> dict:
+    with open(Path(__file__).with_name("networks.toml"), "rb") as file:
+        return tomllib.load(file)
 
 
 def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: bool = False) -> nn.Sequential:

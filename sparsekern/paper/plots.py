@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sparsekern.paper.checkpoint import write_atomically
 
-COLORS = ["#0b5fa5", "#d1495b", "#2a9d6f", "#8a5fb4", "#e08e1b", "#4d4d4d", "#1aa6b7", "#b5838d"]
+COLORS = ["#0b5fa5", "#d1495b", "#2a9d6f", "#8a5fb4", "#e08e1b", "#4d4d4d", "#1aa6b7", "#b5838d", "#a3a847", "#12355b"]
 STYLE = {
     "axes.grid": True,
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
@@ -33,6 +33,12 @@ def figure(columns: int = 1, *, width: float = 5.6, height: float = 4.0, rows: i
     """A figure and its axes, in the common look."""
     with plt.rc_context(STYLE):
         return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", **options)
+
+
+def mosaic(layout: list[list[str]], *, width: float, height: float, **options):
+    """A figure and its axes by name, laid out as the names are, in the common look."""
+    with plt.rc_context(STYLE):
+        return plt.subplot_mosaic(layout, figsize=(width, height), layout="constrained", **options)
 
 
 def save(drawing: Figure, stem: Path) -> list[Path]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from sparsekern.paper import distributed, results
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks
 from sparsekern.paper.progress import console, progress_bar
+from sparsekern.paper.tables import Table
 from sparsekern.paper.training import LOG, Configuration, Run, best_epoch
 
 HELP = "train a network and test it under noise"
@@ -92,8 +92,8 @@ def train(configuration: Configuration, data, path: Path, out: Console, **option
     except KeyboardInterrupt:
         out.print(f"interrupted after {run.epoch} epochs and {run.step} steps; the same command resumes")
         return None
-    out.print(epochs_table(history))
-    out.print(noise_table(history))
+    epochs_table(history).print(out)
+    noise_table(history).print(out)
     result = run.write_result(path)
     out.print(f"result: {path}")
     return result
@@ -106,6 +106,15 @@ def log_folder(path: Path) -> Path:
 
 def default_path(configuration: Configuration, runs: Path = RUNS) -> Path:
     return runs / configuration.network.data_set / f"{configuration.label}-seed{configuration.seed}.csv"
+
+
+def command(configuration: Configuration, path: Path) -> list[str]:
+    """The arguments that make a run's file."""
+    return [
+        *("train", configuration.network.name, "--data-set", configuration.network.data_set),
+        *("--seed", str(configuration.seed), "--group-size", str(configuration.group_size)),
+        *("--device", configuration.device, "--out", str(path)),
+    ]
 
 
 def describe(configuration: Configuration, data, folder: Path) -> str:
@@ -137,24 +146,27 @@ def train_with_bar(run: Run, console: Console) -> list[dict]:
 
 
 def epochs_table(history: list[dict]) -> Table:
-    table = Table("epoch", "loss", "test score", "noise score", "training s", "testing s", title="epochs")
-    for entry in history:
-        table.add_row(
+    rows = [
+        [
             str(entry["epoch"]),
             f"{entry['loss']:.4f}",
             f"{100 * entry['test_accuracy']:.2f}",
             f"{entry['noise_score']:,}",
             f"{entry['train_seconds']:.1f}",
             f"{entry['test_seconds']:.1f}",
-        )
-    return table
+        ]
+        for entry in history
+    ]
+    return Table("Epochs", ["epoch", "loss", "test score", "noise score", "training s", "testing s"], rows)
 
 
 def noise_table(history: list[dict]) -> Table:
     """Accuracy at each noise level after the last epoch, and after the one that the paper's scores would be read off."""
     last, best = history[-1], best_epoch(history)
-    table = Table("noise", f"last epoch ({last['epoch']})", f"best epoch ({best['epoch']})", title="scores")
-    for eta in last["correct"]:
-        table.add_row(eta, *(f"{100 * entry['correct'][eta] / entry['samples']:.2f}" for entry in (last, best)))
-    table.add_row("sum", *(f"{entry['noise_score']:,}" for entry in (last, best)))
-    return table
+    rows = [
+        [eta, *(f"{100 * entry['correct'][eta] / entry['samples']:.2f}" for entry in (last, best))]
+        for eta in last["correct"]
+    ]
+    rows.append(["sum", *(f"{entry['noise_score']:,}" for entry in (last, best))])
+    columns = ["noise", f"last epoch ({last['epoch']})", f"best epoch ({best['epoch']})"]
+    return Table("Correct, %", columns, rows)

@@ -42,6 +42,10 @@ class Configuration:
         group = f"-g{self.group_size}" if self.group_size > 1 else ""
         return self.network.name + kind + group
 
+    def shared(self) -> dict:
+        """What runs on other seeds and devices have in common with this one."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seed", "device")}
+
     def identity(self, data) -> dict:
         """As a run's files name it: the configuration and the data's checksum."""
         return {**asdict(self), "data": data.checksum}

@@ -1,0 +1,156 @@
+"""The runs behind a table: gathered into one file, which holds a row for each of their epochs."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sparsekern.paper import results
+from sparsekern.paper.networks import Published
+from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
+from sparsekern.paper.train import RUNS, add_machine_arguments, default_path, load_data, train
+from sparsekern.paper.training import Configuration, best_epoch
+
+
+def add_arguments(parser: argparse.ArgumentParser, seeds: str = "42-51") -> None:
+    parser.add_argument(
+        "--seeds", type=parse_seeds, default=parse_seeds(seeds), metavar="A-B", help=f"default: {seeds}"
+    )
+    parser.add_argument("--finished", action="store_true", help="train nothing: only the runs that are finished")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="of the runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="default: %(default)s")
+    add_machine_arguments(parser)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``42-44,50`` is 42, 43, 44, 50."""
+    seeds = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def gather(path: Path, configurations: list[Configuration], obtain: Callable, report) -> None:
+    """Sees to it that a table's file holds these runs: adds what ``obtain(configuration)`` returns for those it lacks.
+
+    Raises:
+        ConfigurationMismatch: the file, or a run, is of another configuration.
+        DamagedResult: the file is not whole.
+    """
+    table = results.read(path) if path.exists() else Result({"data": None, "runs": {}}, [], {})
+    for c in configurations:
+        if c.label in table.configuration["runs"]:
+            results.check_configuration(path, table.configuration["runs"][c.label], c.shared())
+    there = {(row["run"], row["seed"]) for row in table.rows}
+    missing = [c for c in configurations if (c.label, str(c.seed)) not in there]
+    added = [(c, result) for c in missing if (result := obtain(c))]
+    for c, result in added:
+        data = result.configuration["data"]
+        if table.configuration["data"] not in (None, data):
+            raise ConfigurationMismatch(f"{path} holds results on other data than those of {c.label}, seed {c.seed}")
+        table.configuration["data"] = data
+        table.configuration["runs"][c.label] = c.shared()
+        table.environment = result.environment
+        table.rows += result.rows
+    if added:
+        results.write(path, table)
+        report(f"{len(added)} runs added to {path}")
+    if len(added) < len(missing):
+        report(f"{len(missing) - len(added)} of {len(configurations)} runs are not finished")
+
+
+def obtainer(arguments: argparse.Namespace, out: Console) -> Callable[[Configuration], Result | None]:
+    """A function that returns a run's result: from its file, or after training it."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    def obtain(configuration: Configuration) -> Result | None:
+        path = default_path(configuration, arguments.runs)
+        set_aside_if_damaged(path, configuration, out.print)
+        if path.exists():
+            return results.read(path)
+        if arguments.finished:
+            return None
+        data = load_data(configuration.network.data_set, arguments, configuration.seed, arguments.device)
+        result = train(configuration, data, path, out, device=arguments.device)
+        if result is None:
+            raise KeyboardInterrupt
+        return result
+
+    return obtain
+
+
+def set_aside_if_damaged(path: Path, configuration: Configuration, report=print) -> None:
+    """Renames a run's file to ``NAME.damaged`` where it is not whole, so that the run is taken up again.
+
+    Raises:
+        ConfigurationMismatch: the file is of another configuration.
+    """
+    if not path.exists():
+        return
+    try:
+        found = results.read(path).configuration
+    except DamagedResult as damage:
+        path.replace(path.with_name(path.name + ".damaged"))
+        report(f"{damage}; set aside as {path.name}.damaged")
+    else:
+        results.check_configuration(path, {**found, "data": None}, {**asdict(configuration), "data": None})
+
+
+def rows_by_run(rows: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:
+    """A table's rows by run and seed: the epochs of each, in order."""
+    runs: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], {}).setdefault(row["seed"], []).append(row)
+    return runs
+
+
+@dataclass
+class Scores:
+    """The scores of a network's runs, one a seed: test scores in percent and noise scores as counts."""
+
+    test: list[float]
+    noise: list[int]
+    samples: int
+
+    @classmethod
+    def read(cls, seeds: dict[str, list[dict]], choose: Callable[[list[dict]], dict]) -> Scores:
+        """Of the epoch that ``choose`` picks of each run."""
+        epochs = [choose(epochs) for epochs in seeds.values()]
+        test = [100 * float(epoch["test_accuracy"]) for epoch in epochs]
+        return cls(test, [int(epoch["noise_score"]) for epoch in epochs], int(epochs[0]["samples"]))
+
+
+READINGS = {"best epoch": best_epoch, "last epoch": lambda epochs: epochs[-1]}
+
+
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    """The mean and the sample's standard deviation, which is nan of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def deviations(ours: list[float], theirs: float, std: float) -> str:
+    """How far our mean lies from the paper's, in the paper's standard deviations."""
+    return f"{(statistics.fmean(ours) - theirs) / std:+.1f}"
+
+
+def noise_unit(samples: int, published: Published | None, levels: int) -> tuple[Callable, Callable]:
+    """How noise scores are written, ours and the paper's: as counts, or, where the test sets differ, in percent."""
+    if published is None or published.samples == samples:
+        return _count, _count
+    return _percent_of(samples * levels), _percent_of(published.samples * levels)
+
+
+def _count(mean: float, std: float) -> str:
+    return f"{mean:,.0f} ± {std:,.0f}"
+
+
+def _percent_of(tries: int) -> Callable[[float, float], str]:
+    return lambda mean, std: f"{100 * mean / tries:.1f} ± {100 * std / tries:.1f} %"

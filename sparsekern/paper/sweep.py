@@ -1,0 +1,64 @@
+"""``sweep``: the runs of whole tables by Snakemake, several at a time, on this machine or a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sparsekern.paper.scores import COMMANDS, FAST_LAYOUT
+from sparsekern.paper.train import RUNS
+
+HELP = "train a table's networks on all seeds, several at a time (Snakemake)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tables", nargs="+", choices=COMMANDS, metavar="TABLE", help=", ".join(COMMANDS))
+    parser.add_argument("--seeds", metavar="A-B", help="by default each table's own")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time (default: a core each)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a run (default: 1)")
+    parser.add_argument("--group-size", type=int, default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--snakemake",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="...",
+        help="the rest goes to Snakemake: --executor slurm",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("snakemake") is None:
+        raise ValueError("wants Snakemake; run: pip install 'sparsekern[sweep]'")
+    return subprocess.run(snakemake_command(arguments)).returncode
+
+
+def snakemake_command(arguments: argparse.Namespace) -> list[str]:
+    config = {
+        "tables": arguments.tables,
+        "seeds": arguments.seeds,
+        "runs": str(arguments.runs),
+        "group_size": arguments.group_size,
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "options": ["--data", str(arguments.data)] if arguments.data else [],
+    }
+    return [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))),
+        *("--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())),
+        *("--cores", str(arguments.jobs * arguments.threads)),
+        "--keep-going",  # one failed run does not stop the others
+        "--rerun-incomplete",  # a killed sweep goes on; a run's file is only there once it is whole
+        "--nolock",  # which a killed sweep would leave behind
+        *("--rerun-triggers", "mtime"),  # the runs compare configurations themselves
+        *arguments.snakemake,
+    ]

@@ -1,0 +1,265 @@
+import argparse
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import test_paper_train as t
+from sparsekern.paper import __main__ as paper
+from sparsekern.paper import results, runs, scores, speed, sweep, training
+from sparsekern.paper.datasets import DATA_SETS
+from sparsekern.paper.networks import networks, published
+from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
+from sparsekern.paper.tables import Table
+from sparsekern.paper.train import default_path
+
+TABLE1 = scores.COMMANDS["table1"]
+
+
+class Small(t.Data):
+    """Made as the real data set is."""
+
+    def __init__(self, folder=None, **options):
+        super().__init__()
+
+    def noisy(self, eta, rows):
+        return self.test_images[rows]
+
+
+def made_up(configuration, epochs=2):
+    """A run's result whose best epoch is the first, on test scores that follow the seed."""
+    data_set = DATA_SETS[configuration.network.data_set]
+    rows = []
+    for epoch in range(1, epochs + 1):
+        right = 9900 + configuration.seed - 40 * epoch - 100 * (configuration.group_size > 1)
+        correct = {f"{eta:.2f}": right - int(3000 * eta) for eta in data_set.noise_levels}
+        entry = {
+            "epoch": epoch,
+            "loss": 1 / epoch,
+            "test_accuracy": right / 10000,
+            "noise_score": sum(correct.values()),
+            "correct": correct,
+            "samples": 10000,
+            "entropy": {"winners1": [epoch, 2.0], "winners": [0.5 * epoch, 2.0]},
+            "train_seconds": 1.0,
+            "test_seconds": 2.0,
+        }
+        rows.append(training._row(configuration, entry, {"device": "x", "threads": 1}))
+    identity = {**training.asdict(configuration), "data": "made up"}
+    return Result(identity, rows, {"device": "x"})
+
+
+def gathered(folder, command=TABLE1, seeds=(42, 43, 44)):
+    runs.gather(command.path(folder), command.configurations(list(seeds)), made_up, t.silent)
+    return command.path(folder)
+
+
+def test_seeds():
+    assert runs.parse_seeds("42-44,50") == [42, 43, 44, 50]
+    with pytest.raises(ValueError):
+        runs.parse_seeds("a")
+
+
+def test_a_table_gathers_each_run_once(tmp_path):
+    path = gathered(tmp_path)
+    before = path.read_bytes()
+    said = []
+    configurations = TABLE1.configurations([42, 44, 45])
+    runs.gather(path, configurations, lambda c: None, said.append)
+    assert path.read_bytes() == before
+    assert said == ["9 of 27 runs are not finished"]
+    asked = []
+    runs.gather(path, configurations, lambda c: asked.append(c.seed) or made_up(c), t.silent)
+    assert asked == [45] * 9
+    by_run = runs.rows_by_run(results.read(path).rows)
+    assert list(by_run) == [*networks("mnist"), "sparseCNN2-g16"]
+    assert all(list(seeds) == ["42", "43", "44", "45"] for seeds in by_run.values())
+    assert [row["epoch"] for row in by_run["denseCNN1"]["42"]] == ["1", "2"]
+
+
+def test_a_table_refuses_another_configuration_and_other_data(tmp_path):
+    path = gathered(tmp_path)
+    [first, *_] = TABLE1.configurations([42])
+    with pytest.raises(ConfigurationMismatch, match=r"network lr is 0\.01 there and 0\.5 here"):
+        runs.gather(path, [replace(first, network=replace(first.network, lr=0.5))], made_up, t.silent)
+
+    def on_other_data(configuration):
+        result = made_up(configuration)
+        return replace(result, configuration={**result.configuration, "data": "others"})
+
+    with pytest.raises(ConfigurationMismatch, match="other data than those of denseCNN1, seed 7"):
+        runs.gather(path, [replace(first, seed=7)], on_other_data, t.silent)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedResult):
+        runs.gather(path, [first], made_up, t.silent)
+
+
+def test_table1_from_its_file(tmp_path, capsys):
+    gathered(tmp_path)
+    assert paper.main(["table1", "--finished", "--seeds", "42-44", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2  ")]
+    cells = re.split(r"\s{2,}", line)
+    best = [9900 + seed - 40 for seed in (42, 43, 44)]
+    noise = sum(best[1] - int(150 * level) for level in range(11))
+    assert cells[:4] == ["sparseCNN2", "3", f"{best[1] / 100:.2f} ± 0.01", "99.09 ± 0.05"]
+    assert cells[4] == f"{(best[1] / 100 - 99.09) / 0.05:+.1f}"
+    assert cells[5:7] == [f"{noise:,} ± 11", "103,764 ± 1,125"]
+    assert cells[8] == f"{(best[1] - 40) / 100:.2f} ± 0.01"
+    assert "sparseCNN2DSW < denseCNN1 < denseCNN2" in out  # the paper's order
+    pytest.importorskip("scipy")
+    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2-g16: test, best epoch")]
+    assert re.split(r"\s{2,}", line)[3] == "-1.00"
+    assert f"From {tmp_path}/table1.csv" in out
+
+
+def test_published_scores_are_those_of_the_networks():
+    for data_set in ("mnist", "speech"):
+        assert list(published(data_set)) == list(networks(data_set))
+    assert published("gaussian") == {}
+
+
+def test_scores_on_another_test_set_are_in_percent():
+    ours, theirs = runs.noise_unit(500, published("speech")["sparseCNN2"], 11)
+    assert ours(2750, 55) == "50.0 ± 1.0 %"
+    assert theirs(11233, 1013) == "40.0 ± 3.6 %"
+
+
+def test_a_table_trains_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(DATA_SETS, "mnist", Small)
+    monkeypatch.setattr(scores, "networks", lambda data_set: {"sparseCNN1": replace(t.NETWORK, epochs=2)})
+    monkeypatch.setitem(paper.COMMANDS, "table1", replace(TABLE1, grouped=()))
+    assert paper.main(["table1", "--finished", "--seeds", "1"]) == 1
+    assert "table1.csv" in capsys.readouterr().err
+    assert paper.main(["table1", "--seeds", "1-2"]) == 0
+    assert "2 runs added to docs/results/table1.csv" in capsys.readouterr().out
+    assert {path.name for path in Path("runs/mnist").glob("*.csv")} == {"sparseCNN1-seed1.csv", "sparseCNN1-seed2.csv"}
+
+
+def test_gaussian_has_a_table_and_a_plot(tmp_path, capsys):
+    gathered(tmp_path, scores.COMMANDS["gaussian"])
+    assert paper.main(["gaussian", "--finished", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "k-winners-boosted" in out
+    assert (tmp_path / "gaussian.png").exists()
+    assert (tmp_path / "gaussian.svg").exists()
+
+
+def test_entropy_and_report(tmp_path, capsys):
+    gathered(tmp_path)
+    assert paper.main(["entropy", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "entropy-table1.svg").exists()
+    document = tmp_path / "results.md"
+    pytest.importorskip("scipy")
+    assert paper.main(["report", "--results", str(tmp_path), "--out", str(document)]) == 0
+    text = document.read_text()
+    assert "| sparseCNN2 | 3 |" in text
+    assert "![entropy-table1](entropy-table1.png)" in text
+    assert "`python -m sparsekern.paper table1`" in text
+    assert "speed: left out" in capsys.readouterr().out
+
+
+def test_figure5(tmp_path, monkeypatch):
+    gathered(tmp_path)
+    monkeypatch.setattr("sparsekern.paper.figure5.Mnist", Small)
+    assert paper.main(["figure5", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "figure5.png").exists()
+
+
+def test_table3(capsys):
+    assert paper.main(["table3"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"density +1\.0 +1\.0 +0\.3 +0\.3 +0\.3 +1\.0 +1\.0 +0\.3\n", out)
+    assert "networks.toml" in out
+
+
+def test_speed(tmp_path, monkeypatch, capsys):
+    small = {"sparseCNN1": t.NETWORK}
+    monkeypatch.setattr(speed, "networks", lambda data_set: small)
+    monkeypatch.setattr(speed, "load_data", lambda *_: t.Data())
+    monkeypatch.setattr(speed, "ROUNDS", {"training step": 1, "inference": 1})
+    assert paper.main(["speed", "--steps", "2", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Section 4.3: measured" in out
+    rows = results.read(speed.products_path(tmp_path)).rows
+    [hidden, *_] = [row for row in rows if row["layer"] == "hidden"]
+    assert int(hidden["dense"]) == 4 * 12 * 12 * 20
+    fan_in = round(0.3 * 4 * 12 * 12)
+    assert float(hidden["training"]) <= 60 * 20
+    assert float(hidden["training"]) == pytest.approx(60 * 20 * fan_in / 576, rel=0.3)
+    assert float(hidden["inference"]) == pytest.approx(1.5 * float(hidden["training"]), rel=0.1)
+    torch.manual_seed(1)
+    assert paper.main(["speed", "--steps", "2", "--out", str(tmp_path)]) == 0  # from the files
+    assert paper.main(["speed", "--steps", "3", "--out", str(tmp_path)]) == 1
+
+
+def test_a_table_in_markdown():
+    table = Table("Title", ["a", "b"], [["x", "1"]], ["Note."])
+    assert table.markdown() == "**Title**\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n\nNote."
+
+
+@pytest.fixture
+def sweeper(tmp_path, monkeypatch, capfd):
+    """Runs a sweep of table1 over seed 42 with these options for Snakemake; returns its status and what it printed."""
+    if importlib.util.find_spec("snakemake") is None:
+        pytest.skip("wants snakemake")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", t.environment()["PYTHONPATH"])
+
+    def start(*options):
+        capfd.readouterr()
+        status = paper.main(["sweep", "table1", "--seeds", "42", "--data", "nowhere", "--snakemake", *options])
+        return status, "".join(capfd.readouterr())
+
+    return start
+
+
+def finish(configurations):
+    for configuration in configurations:
+        result = made_up(configuration)
+        results.write(default_path(configuration), result)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_what_is_not_finished_and_one_failed_run_does_not_stop_the_others(sweeper):
+    finish(TABLE1.configurations([42])[2:])
+    damaged = default_path(TABLE1.configurations([42])[3])
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    status, said = sweeper()
+    assert status == 1
+    for configuration in [TABLE1.configurations([42])[i] for i in (0, 1, 3)]:
+        log = default_path(configuration).with_suffix(".txt")
+        assert "mnist: wants" in log.read_text()
+    assert len(list(Path("runs/mnist").glob("*.txt"))) == 3
+    assert "set aside" in said
+    finish(TABLE1.configurations([42]))
+    status, said = sweeper()
+    assert status == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_refuses_results_of_another_configuration(sweeper):
+    configurations = TABLE1.configurations([42])
+    finish([replace(configurations[0], network=replace(configurations[0].network, lr=0.5))])
+    before = default_path(configurations[0]).read_bytes()
+    status, said = sweeper()
+    assert status == 1
+    assert "network lr is 0.5 there and 0.01 here" in said
+    assert default_path(configurations[0]).read_bytes() == before
+
+
+def test_a_sweep_command():
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser)
+    arguments = parser.parse_args(
+        ["table1", "gaussian", "--jobs", "3", "--threads", "2", "--snakemake", "--executor", "slurm"]
+    )
+    command = sweep.snakemake_command(arguments)
+    assert command[-2:] == ["--executor", "slurm"]
+    assert command[command.index("--cores") + 1] == "6"
+    assert 'tables=["table1", "gaussian"]' in command
+    assert "--keep-going" in command
