@@ -9,5 +9,4 @@ for threads in 1 2; do
 done
 python benchmarks/roofline.py --csv "$results/roofline.csv"
 python benchmarks/never_slower.py --csv "$results/never_slower.csv"
-python benchmarks/crossovers.py --csv "$results/crossovers.csv"
 python benchmarks/tables.py
