@@ -74,7 +74,7 @@ template <class F> void parallel_parts(int64_t samples, int64_t panels, const F&
 void* pack(const Conv2d& conv, bool transposed, const Tensor& weight) {
   const bool channels_last = !weight.is_contiguous();
   void* packed = scratch(0, kernels().packed_bytes(conv, transposed));
-  const int64_t panels = ((transposed ? conv.C : conv.O) + 15) / 16;
+  const int64_t panels = kernels().panels(conv, transposed);
   const void* data = weight.data_ptr();
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     kernels().pack(conv, transposed, data, channels_last, packed, begin, end - begin);
@@ -140,7 +140,7 @@ Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints s
   if (bias) bias_values = torch::stable::contiguous(*bias);
   const void* bias_data = bias ? bias_values->data_ptr() : nullptr;
   const Images from = images(x), to = {y.data_ptr(), from.channels_last};
-  parallel_parts(conv.B, (conv.O + 15) / 16, [&](Part part) { kernels().forward(conv, from, packed, bias_data, to, part); });
+  parallel_parts(conv.B, kernels().panels(conv, false), [&](Part part) { kernels().forward(conv, from, packed, bias_data, to, part); });
   return y;
 }
 
@@ -163,7 +163,7 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
   const void* packed = pack(conv, true, weight);
   const void* mask = at_nonzeros ? x.data_ptr() : nullptr;
   const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
-  parallel_parts(conv.B, (conv.C + 15) / 16, [&](Part part) { kernels().grad_input(conv, from, packed, mask, to, part); });
+  parallel_parts(conv.B, kernels().panels(conv, true), [&](Part part) { kernels().grad_input(conv, from, packed, mask, to, part); });
   return grad_x;
 }
 

@@ -18,7 +18,7 @@ struct Images {
 
 constexpr int64_t kMaxKernelWidth = 64; // wider kernels take the dense way
 
-// A kernel call works for one range of samples and one range of panels (16 channels of the result each), on the calling
+// A kernel call works for one range of samples and one range of panels (16 or 32 channels of the result), on the calling
 // thread; every sum has one fixed order, whatever the ranges.
 struct Part {
   int64_t first_sample, samples, first_panel, panels;
@@ -30,8 +30,9 @@ struct SparseConv2dKernels {
   // out = x where mask is not zero, else zero.
   void (*keep)(DType dtype, const void* mask, void* x, int64_t n);
 
+  // How many panels a result has. `transposed`: the gradient of the input, else the forward.
+  int64_t (*panels)(const Conv2d& conv, bool transposed);
   // The weight (contiguous or channels-last) as one call reads it: accumulator type, packed_bytes(...) long.
-  // `transposed`: for the gradient of the input, else for the forward.
   size_t (*packed_bytes)(const Conv2d& conv, bool transposed);
   void (*pack)(const Conv2d& conv, bool transposed, const void* weight, bool channels_last, void* packed,
                int64_t first_panel, int64_t panels);

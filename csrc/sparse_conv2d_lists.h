@@ -9,14 +9,14 @@
 namespace sparsekern {
 namespace {
 
-// Pixel (row, column) holds entries start[row * pitch + column] .. start[row * pitch + column + 1]. Columns are counted
-// from `pad` empty ones before the image, and empty ones fill up the pitch, so that no kernel checks a border.
+// Of a block of channels, pixel (row, column) holds entries start[row * pitch + column] .. start[row * pitch + column + 1].
+// Columns are counted from `pad` empty ones before the image, and empty ones fill up the pitch, so that no kernel checks
+// a border. Channels are counted from the block's first.
 template <class A> struct Lists {
   A* value;
   uint16_t* channel;
-  int32_t* start; // (rows, pitch)
+  int32_t* start; // (blocks, rows, pitch)
 };
-constexpr int64_t kMaxChannels = 65536;
 
 // An image's sizes and how to reach pixel p, channel c of it: p * pixel_stride + c * channel_stride.
 struct View {
@@ -69,17 +69,20 @@ SPARSEKERN_INLINE int32_t append(const T* p, int64_t n, int32_t c, const Lists<a
 
 // x: one sample, channels last. The lists have room for 16 entries more than x has elements.
 template <class T>
-void compress(const T* x, const View& view, int64_t pad, int64_t pitch, const Lists<acc_t<T>>& lists) {
-  int32_t n = 0;
-  for (int64_t row = 0; row < view.rows; row++) {
-    int32_t* start = lists.start + row * pitch;
-    for (int64_t i = 0; i <= pad; i++) start[i] = n;
-    for (int64_t column = 0; column < view.columns; column++, x += view.channels) {
-      for (int64_t c = 0; c < view.channels; c += kLanes)
-        n = append(x + c, min(kLanes, view.channels - c), int32_t(c), lists, n);
-      start[pad + column + 1] = n;
+void compress(const T* x, const View& view, int64_t block, int64_t pad, int64_t pitch, const Lists<acc_t<T>>& lists) {
+  int32_t n = 0, *start = lists.start;
+  for (int64_t first = 0; first < view.channels; first += block) {
+    const int64_t channels = min(block, view.channels - first);
+    const T* p = x + first;
+    for (int64_t row = 0; row < view.rows; row++, start += pitch) {
+      for (int64_t i = 0; i <= pad; i++) start[i] = n;
+      for (int64_t column = 0; column < view.columns; column++, p += view.channels) {
+        for (int64_t c = 0; c < channels; c += kLanes)
+          n = append(p + c, min(kLanes, channels - c), int32_t(c), lists, n);
+        start[pad + column + 1] = n;
+      }
+      for (int64_t i = pad + view.columns + 1; i < pitch; i++) start[i] = n;
     }
-    for (int64_t i = pad + view.columns + 1; i < pitch; i++) start[i] = n;
   }
 }
 

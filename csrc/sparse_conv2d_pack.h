@@ -8,12 +8,12 @@ namespace {
 // Where the slices of one panel hold (source channel, kh, kw).
 struct Places {
   int64_t per_row, base[kMaxKernelWidth], per_channel[kMaxKernelWidth];
-  explicit Places(const Plan& plan) : per_row(plan.taps * plan.source.channels * kLanes) {
+  explicit Places(const Plan& plan) : per_row(plan.taps * plan.source.channels * plan.lanes) {
     for (int g = 0; g < plan.group_count; g++) {
       const Group& group = plan.groups[g];
       for (int64_t t = 0; t < group.taps; t++) {
-        base[group.kw + t * group.kw_step] = plan.slice(0, 0, g) + t * kLanes;
-        per_channel[group.kw + t * group.kw_step] = group.taps * kLanes;
+        base[group.kw + t * group.kw_step] = plan.slice(0, 0, g) + t * plan.lanes;
+        per_channel[group.kw + t * group.kw_step] = group.taps * plan.lanes;
       }
     }
   }
@@ -55,12 +55,13 @@ void pack_run(const T* weight, int64_t stride, int64_t filters, int64_t n, Walk 
   }
 }
 
-// weight (O, C, KH, KW), or (O, KH, KW, C) in memory if channels_last; packed (panel, kh, group, source channel, tap, 16).
+// weight (O, C, KH, KW), or (O, KH, KW, C) in memory if channels_last; 16 channels of the result
+// of packed (panel, kh, group, source channel, tap, lanes).
 template <class T>
 void pack_panel(const Conv2d& conv, const Plan& plan, const Places& places, const T* weight, bool channels_last,
-                int64_t panel, acc_t<T>* packed) {
-  const int64_t first = panel * kLanes, n = min(kLanes, plan.result.channels - first), taps = conv.KH * conv.KW;
-  acc_t<T>* to = packed + panel * plan.panel_size();
+                int64_t first, acc_t<T>* packed) {
+  const int64_t n = min(kLanes, plan.result.channels - first), taps = conv.KH * conv.KW;
+  acc_t<T>* to = packed + first / plan.lanes * plan.panel_size() + first % plan.lanes;
   if (!plan.transposed) // one run: a whole filter
     return pack_run(weight + first * conv.C * taps, conv.C * taps, n, conv.C * taps,
                     Walk{conv.C, conv.KH, conv.KW, channels_last}, places, to);
@@ -87,17 +88,17 @@ SPARSEKERN_INLINE void write_tile(vec<acc_t<T>> (&v)[kLanes], int64_t channels, 
   }
 }
 
-// Writes one panel of one sample: sums (rows, phases, width, 16) to 16 channels of every pixel. place: where column w of
-// a row lies in it. mask: null, or laid out as out.
+// Writes 16 channels of every pixel of one sample from sums (rows, phases, width, lanes). place: where column w of a row
+// lies in it. mask: null, or laid out as out.
 template <class T>
 void finish(const Plan& plan, const int32_t* place, const acc_t<T>* sums, vec<acc_t<T>> bias, const T* mask, T* out,
-            int64_t panel) {
+            int64_t first) {
   using A = acc_t<T>;
   const View& view = plan.result;
-  const int64_t channels = min(kLanes, view.channels - panel * kLanes), pixels = view.pixels();
-  const int64_t row_size = plan.phase_count * plan.width * kLanes;
-  out += panel * kLanes * view.channel_stride;
-  if (mask != nullptr) mask += panel * kLanes * view.channel_stride;
+  const int64_t channels = min(kLanes, view.channels - first), pixels = view.pixels();
+  const int64_t row_size = plan.phase_count * plan.width * plan.lanes;
+  out += first * view.channel_stride;
+  if (mask != nullptr) mask += first * view.channel_stride;
   int64_t column = 0;
   const auto next = [&] {
     const vec<A> v = load(sums + place[column]) + bias;
