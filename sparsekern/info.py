@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -33,8 +34,12 @@ def info() -> dict[str, str]:
         lines["gpu"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     else:
         lines["gpu"] = "none that PyTorch can use"
-    lines["gpu bodies"] = "plain PyTorch reference"
-    lines["triton"] = "installed" if importlib.util.find_spec("triton") else "not installed (not required)"
+    served = [op for op in OPS if importlib.util.find_spec(f"sparsekern.ops.{op}_triton")]
+    if _library.has_triton():
+        lines["gpu bodies"] = f"Triton kernels for {', '.join(served)} (float64: plain PyTorch reference)"
+    else:
+        lines["gpu bodies"] = "plain PyTorch reference, since Triton is not installed"
+    lines["triton"] = importlib.metadata.version("triton") if _library.has_triton() else "not installed (not required)"
     return lines
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import warnings
 
 import torch
@@ -39,15 +42,38 @@ class Function(torch.autograd.Function):
 def define(schema: str, *, reference, fake) -> None:
     """Defines an op: its schema, its shape function, and its plain PyTorch body wherever no kernel serves.
 
-    The C++ bodies register themselves for CPU when ``sparsekern._C`` is imported, the Triton ones for CUDA in
-    ``ops/*_triton.py``; PyTorch's dispatcher picks by device.
+    The C++ bodies register themselves for CPU when ``sparsekern._C`` is imported; for CUDA the functions of
+    ``ops/*_triton.py`` are registered here. PyTorch's dispatcher picks by device.
     """
     library.define(schema)
     name = schema[: schema.index("(")]
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=library)
-    for device in ("CPU", "CUDA"):
-        if not has_kernel(name, device):
-            library.impl(name, reference, device)
+    if not has_kernel(name, "CPU"):
+        library.impl(name, reference, "CPU")
+    library.impl(name, triton_body(reference) if has_triton() else reference, "CUDA")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; finding out does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_body(reference):
+    """The function of the same name in the ``*_triton`` module beside reference's; imported when it is first called."""
+    module = reference.__module__.replace("_reference", "_triton")
+    if importlib.util.find_spec(module) is None:
+        return reference
+
+    @functools.cache
+    def load():
+        return getattr(importlib.import_module(module), reference.__name__)
+
+    def body(*args):
+        return load()(*args)
+
+    body.__name__, body.__module__ = reference.__name__, module
+    return body
 
 
 def has_kernel(name: str, device: str) -> bool:

@@ -1,0 +1,67 @@
+"""What the Triton bodies share. Triton is optional: only ``*_triton.py`` import this file, and only once they are used."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Keys order as their float32 values do: NaN above +inf, both zeros alike. KEY_LOW is what lanes without a unit hold,
+# below -inf; KEY_HIGH is above NaN, so that nothing reaches it.
+KEY_LOW = tl.constexpr(-(2**31))
+KEY_NAN = tl.constexpr(2**31 - 2)
+KEY_HIGH = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def float_key(value):
+    """The order-preserving int32 key of a float32."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value != value, KEY_NAN, key)
+
+
+@triton.jit
+def widen(value):
+    """To float32, by bits where the value is bfloat16: Triton's interpreter flushes subnormal numbers there."""
+    if value.dtype == tl.bfloat16:
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """From float32, to nearest even; by bits where dtype is bfloat16: Triton's interpreter truncates there."""
+    if dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value != value, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@functools.lru_cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors x's device has; 2 under the interpreter, so that loops over programs' work loop."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 2
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device_of(x)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
