@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

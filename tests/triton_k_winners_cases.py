@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_k_winners import VALUES
-from tolerance import DUTY_CYCLE, assert_same_bits
 
 from sparsekern.ops import k_winners_long_triton as long
 from sparsekern.ops import k_winners_reference as reference
 from sparsekern.ops import k_winners_triton as body
+from test_k_winners import VALUES
+from tolerance import DUTY_CYCLE, assert_same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -49,9 +49,14 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def is_gpu(x: Tensor) -> bool:
+    """Whether programs run side by side: not under the interpreter, on CPU."""
+    return x.is_cuda
+
+
 def multiprocessors(x: Tensor) -> int:
     """How many multiprocessors x's device has; 2 under the interpreter, so that loops over programs' work loop."""
-    return _multiprocessors(x.device.index) if x.is_cuda else 2
+    return _multiprocessors(x.device.index) if is_gpu(x) else 2
 
 
 def on_device(x: Tensor):

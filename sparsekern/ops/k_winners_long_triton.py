@@ -69,9 +69,7 @@ def _compact_kernel(
     sampled = unit_keys(x_ptr, factors_ptr, sample, sample < N, CHANNELS, INNER, BOOST)
     probe = tl.full((), 2, tl.int32)
     nothing = tl.full((), 0, tl.float32)
-    guess, _, _ = search_keys(
-        sampled, rank, SAMPLE, tl.min(sampled), tl.max(sampled) + 1, probe, nothing, nothing
-    )
+    guess, _, _ = search_keys(sampled, rank, SAMPLE, tl.min(sampled), tl.max(sampled) + 1, probe, nothing, nothing)
     base = tl.full((), 0, tl.int32)
     for start in range(begin, tl.minimum(begin + part_length, N), CHUNK):
         u = start + tl.arange(0, CHUNK)

@@ -59,7 +59,9 @@ def search_keys(key, k, n, lo, hi, probe, guess, guess_step):
     count_lo = tl.full((), 0, tl.int32) + n  # >= k keys reach lo
     count_hi = tl.full((), 0, tl.int32)  # < k keys reach hi
     value = guess
-    one = tl.minimum(k, 1)  # not the constant: LLVM would pack the comparisons into words and count bits, at twice the cost
+    one = tl.minimum(
+        k, 1
+    )  # not the constant: LLVM would pack the comparisons into words and count bits, at twice the cost
     while (count_lo != k) & (key_span(lo, hi) > 1):
         t = next_probe(lo, hi, count_lo, count_hi, k, probe, value)
         count = tl.sum(tl.where(key >= t, one, 0))

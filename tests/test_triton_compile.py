@@ -1,0 +1,65 @@
+"""Every Triton kernel, in every configuration that the bodies choose, compiles for GPUs that are not there."""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from sparsekern.ops import _triton, k_winners_triton
+from triton_compile import SHARED_MEMORY, compile_launch, launches, resources
+
+META = torch.device("meta")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def k_winners(rows, n, k, dtype, channels=None, inner=1, boosted=True):
+    channels = n if channels is None else channels
+    boost = (torch.empty(channels, device=META), torch.empty((), device=META)) if boosted else (None, None)
+    x = torch.empty(rows, n, dtype=dtype, device=META)
+    _, winners, counts = k_winners_triton.k_winners(x, k, *boost, channels, inner)
+    k_winners_triton.k_winners_backward(x, winners)
+    seen = torch.empty((), dtype=torch.int64, device=META)
+    k_winners_triton.update_duty_cycle_(counts.new_empty(channels, dtype=F32), seen, counts, 1000, 1, 1)
+
+
+# What runs: the bodies' choices by rows, length, alignment, dtype and batch.
+CASES = {
+    "k_winners 64 x 1000": lambda: k_winners(64, 1000, 100, F32),
+    "k_winners 64 x 33 bfloat16": lambda: k_winners(64, 33, 5, BF16),
+    "k_winners 65536 x 1024": lambda: k_winners(65536, 1024, 100, F32, boosted=False),
+    "k_winners 65536 x 1000 bfloat16": lambda: k_winners(65536, 1000, 100, BF16),
+    "k_winners 8192 x 2048 float16": lambda: k_winners(8192, 2048, 100, torch.float16),
+    "k_winners 64 x 4608, 32 channels": lambda: k_winners(64, 4608, 400, F32, 32, 144),
+    "k_winners 8192 x 4095 bfloat16": lambda: k_winners(8192, 4095, 100, BF16),
+    "k_winners 8192 x 8191": lambda: k_winners(8192, 8191, 100, F32),
+    "k_winners 8192 x 8192 bfloat16": lambda: k_winners(8192, 8192, 100, BF16),
+    "k_winners 64 x 12544, 64 channels": lambda: k_winners(64, 12544, 1200, F32, 64, 196),
+    "k_winners 64 x 12544, channels last": lambda: k_winners(64, 12544, 1200, BF16, 64, 1),
+    "k_winners 2048 x 131072": lambda: k_winners(2048, 131072, 64, F32, boosted=False),
+    "k_winners 4096 x 131071 bfloat16": lambda: k_winners(4096, 131071, 20000, BF16),
+    "k_winners 2 x 2**21": lambda: k_winners(2, 2**21, 64, F32),
+}
+
+
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch):
+    """As many as an H200 has: the choices depend on it."""
+    monkeypatch.setattr(_triton, "_multiprocessors", lambda index: 132)
+    monkeypatch.setattr(_triton, "is_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles(case, capability, tmp_path, record_property):
+    with launches() as seen:
+        CASES[case]()
+    assert seen
+    for kernel, named, options in seen:
+        used = resources(compile_launch(kernel, named, options, capability), tmp_path)
+        record_property(kernel.__name__, str(used))
+        print(f"sm_{capability} {case}: {kernel.__name__} {used}")
+        assert used["spills"] == 0, f"{kernel.__name__}: {used}"
+        assert used["shared"] <= SHARED_MEMORY[capability], f"{kernel.__name__}: {used}"

@@ -1,0 +1,89 @@
+"""Compiles for a GPU that is not there what the Triton bodies would launch on it.
+
+The bodies run on meta tensors with the launch itself replaced: what is compiled is exactly what the wrappers ask for, with
+the specialisations that Triton makes from the arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _argument(value) -> tuple[str, bool, object]:
+    """(type, whether 16 divides it, the value if it is compiled in) as Triton's launcher decides."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype], True, None
+    if isinstance(value, bool):
+        return "u1", False, None
+    if isinstance(value, int):
+        if value == 1:
+            return "constexpr", False, 1
+        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0, None
+    return "fp32", False, None
+
+
+@contextlib.contextmanager
+def launches():
+    """The list of (kernel, arguments by name, options) that is launched inside, and not run."""
+    seen = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        assert all(0 < size < 2**31 for size in grid[:1]), f"{kernel.__name__}: grid {grid}"
+        assert all(0 < size < 2**16 for size in grid[1:]), f"{kernel.__name__}: grid {grid}"
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        named.update({name: kwargs.pop(name) for name in list(kwargs) if name in kernel.arg_names})
+        seen.append((kernel, named, kwargs))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield seen
+    finally:
+        JITFunction.run = original
+
+
+def compile_launch(kernel, named, options, capability):
+    """The compiled kernel of one launch."""
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind, divisible, value = ("constexpr", False, named[name]) if name in constants else _argument(named[name])
+        signature[name] = kind
+        if kind == "constexpr":
+            constexprs[(i,)] = value
+        elif divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+
+
+def resources(compiled, folder: Path) -> dict[str, int]:
+    """Registers a thread, bytes of spills (the stack frame), bytes of shared memory a program."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [CUOBJDUMP, "--dump-resource-usage", cubin]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", printed).group(1)) for name in ("REG", "STACK"))
+    return {"registers": registers, "spills": stack, "shared": compiled.metadata.shared}
