@@ -8,7 +8,7 @@ from torch import nn
 from sparsekern.paper import distributed
 
 
-def correct_by_noise_level(model: nn.Module, data, *, batch_size: int = 1000, progress=lambda: None) -> list[int]:
+def correct_by_noise_level(model: nn.Module, data, *, batch_size: int = 250, progress=lambda: None) -> list[int]:
     """How many test samples the model gets right at each of ``data.noise_levels``, the first of which is no noise.
 
     Args:
@@ -25,7 +25,7 @@ def correct_by_noise_level(model: nn.Module, data, *, batch_size: int = 1000, pr
     return counts
 
 
-def validation_accuracy(model: nn.Module, data, *, batch_size: int = 1000) -> float:
+def validation_accuracy(model: nn.Module, data, *, batch_size: int = 250) -> float:
     """The accuracy that the best epoch is chosen by, of data with ``validation_batches``."""
     model.eval()
     samples = sum(len(labels) for _, labels in data.validation_batches(batch_size))
