@@ -25,16 +25,28 @@ class WrongResult(Exception):
 
 @dataclass
 class Checked:
-    """What a check found: the largest error relative to the largest sum of magnitudes of products, and the products."""
+    """What a check found, added up over its calls.
+
+    Attributes:
+        error: the largest, relative to the largest sum of magnitudes of products.
+        dense_products: of the dense layer.
+        products: those whose factors both exist and are not zero.
+        moved: bytes that every implementation reads or writes: inputs, outputs, gradients, weights of active inputs.
+        held: bytes of all these tensors, all existing weights included.
+    """
 
     error: float = 0.0
     dense_products: int = 0
     products: int = 0
+    moved: int = 0
+    held: int = 0
 
     def __iadd__(self, other: Checked) -> Checked:
         self.error = max(self.error, other.error)
         self.dense_products += other.dense_products
         self.products += other.products
+        self.moved += other.moved
+        self.held += other.held
         return self
 
 
@@ -142,6 +154,12 @@ class DenseReference:
         checked.products = round(float(each.sum()))
         if passes > 1:
             checked.products += (passes - 1) * round(float((each * (call.grad_y != 0)).sum()))
+        weights = (self.weight.numel() if self.exists is None else int(self.exists.sum())) * call.x.element_size()
+        active = float((call.x != 0).flatten(0, -2).any(0).double().mean()) if self.is_linear else 1.0
+        gradients = _bytes(call.grad_y, call.grad_x, call.grad_weight)
+        again = call.x.nbytes + round(active * weights) if passes > 1 else 0
+        checked.moved = _bytes(call.x, call.y) + round(active * weights) + gradients + again
+        checked.held = _bytes(call.x, call.y) + weights + gradients
 
 
 def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked:
@@ -172,7 +190,7 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
         grad_x, grad_y = _winner_rows(layer, call.grad_x), _winner_rows(layer, call.grad_y)
         right = torch.where(won, grad_x == grad_y, (grad_x == 0) | (rows == 0))
         _require(right.all(), "the gradient is not that of the winners")
-    return Checked()
+    return Checked(moved=_bytes(call.x, call.y), held=_bytes(call.x, call.y))
 
 
 def _winner_rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -180,6 +198,10 @@ def _winner_rows(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, sk.KWinners2d):
         return x.movedim(1, -1).reshape(-1, layer.channels) if layer.local else x.flatten(1)
     return x.reshape(-1, x.shape[-1])
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _same(t: Tensor) -> Tensor:

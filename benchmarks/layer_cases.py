@@ -31,7 +31,7 @@ class Implementation:
 
 
 def layer_cases() -> list[Case]:
-    return [*k_winners_cases(), *linear_cases(), *conv_cases(), *other_cases()]
+    return [*k_winners_cases(), *linear_cases(), *conv_cases()]
 
 
 def linear_cases():
@@ -41,6 +41,8 @@ def linear_cases():
             for batch in (1, 64, 1024):
                 yield Case(title, FORWARD, batch, partial(_prepare_linear, name, group_size, batch, False))
             yield Case(title, BACKWARD, 64, partial(_prepare_linear, name, group_size, 64, True))
+    yield Case("linear 32768->4096 d=1 k=32 G=16", "decode", 1, _prepare_decode)
+    yield Case("linear 1600->1000 d=0.4, dense input", FORWARD, 64, _prepare_dense_linear)
 
 
 def conv_cases():
@@ -51,6 +53,7 @@ def conv_cases():
         for batch in (1, 64):
             yield Case(title, FORWARD, batch, partial(_prepare_conv, name, batch, False))
         yield Case(title, BACKWARD, 64, partial(_prepare_conv, name, 64, True))
+    yield Case("conv 64->64 5x5 on 14x14, dense input", FORWARD, 64, _prepare_dense_conv)
 
 
 def k_winners_cases():
@@ -59,12 +62,6 @@ def k_winners_cases():
         ("speech sparseCNN2", "winners1", "k-winners n=12544 k=1200, against torch ops"),
     ):
         yield Case(title, "training forward", 64, partial(_prepare_k_winners, name, layer))
-
-
-def other_cases():
-    yield Case("linear 32768->4096 d=1 k=32 G=16", "decode", 1, _prepare_decode)
-    yield Case("linear 1600->1000 d=0.4, dense input", FORWARD, 64, _prepare_dense_linear)
-    yield Case("conv 64->64 5x5 on 14x14, dense input", FORWARD, 64, _prepare_dense_conv)
 
 
 def _inputs(name: str, layer: str, batch: int, options: Options, **kind) -> tuple[nn.Sequential, list[Tensor]]:

@@ -113,7 +113,7 @@ def performance_tables() -> dict[str, str]:
     return {
         "compare_dense": "\n\n".join(tables),
         "never_slower": never_slower_table(),
-        "roofline": csv_table(RESULTS / "roofline.csv"),
+        "roofline": roofline_table(),
     }
 
 
@@ -170,14 +170,15 @@ def never_slower_table() -> str:
     return f"{len(rows)} cases. {caption(where)}\n\n{markdown(header, lines)}"
 
 
-def csv_table(path: Path) -> str:
-    """A result file as it is; the columns that say where it was measured become its caption."""
+def roofline_table() -> str:
+    path = RESULTS / "roofline.csv"
     if not path.exists():
         return ""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    header = [name for name in rows[0] if name not in ENVIRONMENT]
-    return f"{caption(rows[0])}\n\n{markdown(header, ([row[name] for name in header] for row in rows))}"
+    header = [name for name in rows[0] if name not in ENVIRONMENT and name != "peaks"]
+    lines = ([row[name] for name in header] for row in rows)
+    return f"{caption(rows[0])}; {rows[0]['peaks']}\n\n{markdown(header, lines)}"
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
