@@ -36,10 +36,11 @@ void pack(const Conv2d& conv, bool transposed, const void* weight, bool channels
           int64_t first_panel, int64_t panels) {
   const Plan plan = make_plan(conv, transposed);
   const Places places(plan);
+  int64_t* list = static_cast<int64_t*>(scratch(1, size_t(conv.C * conv.KH * conv.KW) * sizeof(int64_t)));
   dispatch(conv.dtype, [&]<class T>() {
     const int64_t end = min((first_panel + panels) * plan.lanes, plan.result.channels);
     for (int64_t first = first_panel * plan.lanes; first < end; first += kLanes)
-      pack_panel(conv, plan, places, static_cast<const T*>(weight), channels_last, first,
+      pack_panel(conv, plan, places, static_cast<const T*>(weight), channels_last, first, list,
                  static_cast<acc_t<T>*>(packed));
   });
 }

@@ -22,57 +22,52 @@ struct Places {
   }
 };
 
-// A walk over (channel, kh, kw) in the order in which a filter lies in memory.
-struct Walk {
-  int64_t C, KH, KW;
-  bool channels_last;
-  int64_t c = 0, kh = 0, kw = 0;
-  void next() {
-    if (channels_last) {
-      if (++c < C) return;
-      c = 0;
-      if (++kw < KW) return;
-      kw = 0, kh++;
-    } else {
-      if (++kw < KW) return;
-      kw = 0;
-      if (++kh < KH) return;
-      kh = 0, c++;
-    }
-  }
-};
+// The places of one filter's elements in the order in which they lie in memory; where KH KW C are not all walked over, the
+// rest is of size one.
+void list_places(const Places& places, int64_t first, int64_t C, int64_t KH, int64_t KW, bool channels_last,
+                 int64_t* list) {
+  const int64_t c_step = channels_last ? 1 : KH * KW, tap_step = channels_last ? C : 1;
+  for (int64_t c = 0; c < C; c++)
+    for (int64_t kh = 0; kh < KH; kh++)
+      for (int64_t kw = 0; kw < KW; kw++)
+        list[c * c_step + (kh * KW + kw) * tap_step] = places.at(first + c, kh, kw);
+}
 
-// Rows of 16 filters `stride` apart, n elements each, transposed into the places that a walk names.
+// Up to 16 rows `stride` apart, n elements each, turned: element j of all rows to to[list[j]].
 template <class T>
-void pack_run(const T* weight, int64_t stride, int64_t filters, int64_t n, Walk walk, const Places& places,
-              acc_t<T>* to) {
+void pack_rows(const T* weight, int64_t stride, int64_t rows, int64_t n, const int64_t* list, acc_t<T>* to) {
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t count = min(kLanes, n - j);
     vec<acc_t<T>> v[kLanes] = {};
-    for (int64_t l = 0; l < filters; l++) v[l] = load_first(weight + l * stride + j, count);
+    if (rows == kLanes && count == kLanes) {
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < kLanes; l++) v[l] = load(weight + l * stride + j);
+    } else {
+      for (int64_t l = 0; l < rows; l++) v[l] = load_first(weight + l * stride + j, count);
+    }
     transpose(v);
-    for (int64_t i = 0; i < count; i++, walk.next()) store(to + places.at(walk.c, walk.kh, walk.kw), v[i]);
+    for (int64_t i = 0; i < count; i++) store(to + list[j + i], v[i]);
   }
 }
 
-// weight (O, C, KH, KW), or (O, KH, KW, C) in memory if channels_last; 16 channels of the result
-// of packed (panel, kh, group, source channel, tap, lanes).
+// weight (O, C, KH, KW), or (O, KH, KW, C) in memory if channels_last; 16 channels of the result, from `first`, of packed
+// (panel, kh, group, source channel, tap, lanes). list: room for a filter's elements.
 template <class T>
 void pack_panel(const Conv2d& conv, const Plan& plan, const Places& places, const T* weight, bool channels_last,
-                int64_t first, acc_t<T>* packed) {
+                int64_t first, int64_t* list, acc_t<T>* packed) {
   const int64_t n = min(kLanes, plan.result.channels - first), taps = conv.KH * conv.KW;
   acc_t<T>* to = packed + first / plan.lanes * plan.panel_size() + first % plan.lanes;
-  if (!plan.transposed) // one run: a whole filter
-    return pack_run(weight + first * conv.C * taps, conv.C * taps, n, conv.C * taps,
-                    Walk{conv.C, conv.KH, conv.KW, channels_last}, places, to);
+  if (!plan.transposed) {
+    list_places(places, 0, conv.C, conv.KH, conv.KW, channels_last, list);
+    return pack_rows(weight + first * conv.C * taps, conv.C * taps, n, conv.C * taps, list, to);
+  }
   for (int64_t o = 0; o < conv.O; o++) { // the result's channels are the weight's C, the source's its O
     const T* filter = weight + o * conv.C * taps + first * (channels_last ? 1 : taps);
-    Walk walk{1, conv.KH, conv.KW, false, o};
+    list_places(places, o, 1, conv.KH, conv.KW, false, list);
     if (channels_last)
-      for (int64_t t = 0; t < taps; t++, walk.next())
-        store(to + places.at(o, walk.kh, walk.kw), load_first(filter + t * conv.C, n));
+      for (int64_t t = 0; t < taps; t++) store(to + list[t], load_first(filter + t * conv.C, n));
     else
-      pack_run(filter, taps, n, taps, walk, places, to);
+      pack_rows(filter, taps, n, taps, list, to);
   }
 }
 

@@ -129,14 +129,28 @@ template <class T> SPARSEKERN_INLINE void store(T* p, vec<float> v) { // bf16, f
 template <class T> SPARSEKERN_INLINE vec<acc_t<T>> load_first(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
   T tmp[kLanes] = {};
-  std::memcpy(tmp, p, size_t(n) * sizeof(T));
+#if defined(__AVX512F__)
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) return (vec<acc_t<T>>)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (sizeof(T) == 2) _mm256_storeu_si256((__m256i*)tmp, _mm256_maskz_loadu_epi16(mask, p));
+  else
+#endif
+    std::memcpy(tmp, p, size_t(n) * sizeof(T));
   return load(tmp);
 }
 template <class T> SPARSEKERN_INLINE void store_first(T* p, vec<acc_t<T>> v, int64_t n) {
   if (n >= kLanes) { store(p, v); return; }
   T tmp[kLanes];
+#if defined(__AVX512F__)
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) { _mm512_mask_storeu_ps(p, mask, (__m512)v); return; }
+#endif
   store(tmp, v);
-  std::memcpy(p, tmp, size_t(n) * sizeof(T));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256((const __m256i*)tmp));
+  else
+#endif
+    std::memcpy(p, tmp, size_t(n) * sizeof(T));
 }
 
 // Pairwise, the same order on every instruction set: lane i + lane i + 8, then + 4, + 2, + 1.
