@@ -7,9 +7,11 @@ namespace {
 
 const SparseLinearKernels& kernels() { return SPARSEKERN_SELECT(sparse_linear); }
 
-LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int64_t outputs, int64_t group) {
+LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int64_t outputs, int64_t group,
+                      const std::optional<Tensor>& bits = {}) {
   return {ccol_indices.size(0) - 1, outputs, group, (const int32_t*)ccol_indices.const_data_ptr(),
-          (const int32_t*)row_indices.const_data_ptr()};
+          (const int32_t*)row_indices.const_data_ptr(),
+          bits ? (const uint64_t*)bits->const_data_ptr() : nullptr};
 }
 
 // A thread is worth waking for about this many multiply-adds.
@@ -21,7 +23,7 @@ int64_t grain(int64_t items, int64_t products) {
 // Calls body(begin, end, first, last) for blocks of rows and ranges of columns whose sums fit the second-level cache.
 // How the work is split does not change a sum.
 template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body& body) {
-  constexpr int64_t kRows = 256, kSums = 1 << 16, kColumns = 1024;
+  constexpr int64_t kRows = 256, kSums = 1 << 17, kColumns = 1024;
   if (rows == 0 || columns == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
@@ -40,7 +42,8 @@ template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body&
 }
 
 Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-                     const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features) {
+                     const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features,
+                     const std::optional<Tensor>& support_bits) {
   const DType dtype = dtype_of("sparse_linear", x_);
   const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
@@ -48,7 +51,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   if (bias_) bias = torch::stable::contiguous(*bias_);
   const int64_t B = x.size(0);
   Tensor y = torch::stable::new_empty(x, {B, out_features});
-  const LinearSupport w = support(ccol, rows, out_features, weight.size(1));
+  const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
   if (B >= 8 && weight.size(1) % 16 != 0) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
@@ -87,13 +90,14 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
 }
 
 Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const Tensor& ccol_indices_,
-                                 const Tensor& row_indices_, int64_t group_size) {
+                                 const Tensor& row_indices_, int64_t group_size,
+                                 const std::optional<Tensor>& support_bits) {
   const DType dtype = dtype_of("sparse_linear_grad_weight", x_);
   const Tensor grad_y = torch::stable::contiguous(grad_y_), x = torch::stable::contiguous(x_);
   const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
-  const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size);
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
   if (B >= 8 && group_size % 16 != 0) {
     int64_t bytes;
     const int64_t tiles = kernels().tiles(dtype, B, w.outputs, &bytes);

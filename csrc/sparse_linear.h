@@ -12,6 +12,7 @@ struct LinearSupport {
   int64_t inputs, outputs, group; // I, O, G
   const int32_t* ccol;            // (I + 1,): where each input's blocks begin
   const int32_t* rows;            // (blocks,): each block's group of outputs, ascending within an input
+  const uint64_t* bits;           // (I, ceil(O / 64)): which weights exist, for G = 1, or null
 };
 
 struct SparseLinearKernels {

@@ -6,7 +6,7 @@ namespace sparsekern {
 namespace {
 
 template <class T> int64_t padded_outputs(const LinearSupport& w) {
-  return (w.outputs + w.group - 1) / w.group * w.group + kLanes;
+  return (w.outputs + w.group - 1) / w.group * w.group + 64;
 }
 
 // sums[outputs of the block] += a * block, for each block of input i.
@@ -14,7 +14,15 @@ template <class T>
 SPARSEKERN_INLINE void add_input(const LinearSupport& w, const T* weight, int64_t i, acc_t<T> a, acc_t<T>* sums) {
   const int64_t G = w.group, end = w.ccol[i + 1];
   if (G == 1) {
-    for (int64_t b = w.ccol[i]; b < end; b++) sums[w.rows[b]] += a * to_acc(weight[b]);
+    // Four at a time: the outputs of an input differ, so that no sum waits for another.
+    int64_t b = w.ccol[i];
+    for (; b + 4 <= end; b += 4) {
+      const int32_t* o = w.rows + b;
+      const acc_t<T> s0 = sums[o[0]] + a * to_acc(weight[b]), s1 = sums[o[1]] + a * to_acc(weight[b + 1]);
+      const acc_t<T> s2 = sums[o[2]] + a * to_acc(weight[b + 2]), s3 = sums[o[3]] + a * to_acc(weight[b + 3]);
+      sums[o[0]] = s0, sums[o[1]] = s1, sums[o[2]] = s2, sums[o[3]] = s3;
+    }
+    for (; b < end; b++) sums[w.rows[b]] += a * to_acc(weight[b]);
   } else if (G % kLanes == 0) {
     const vec<acc_t<T>> av = splat(a);
     for (int64_t b = w.ccol[i]; b < end; b++)
@@ -35,11 +43,16 @@ void forward(const LinearSupport& w, const T* x, const T* weight, const T* bias,
   A* value = (A*)scratch(kValues, size_t(I + kLanes) * sizeof(A));
   int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
   A* sums = (A*)scratch(kSums, size_t(room) * sizeof(A));
+  const bool bits = has_bits(w);
+  const PaddedWeights<T> weights(w, weight, bits);
+  const T** at = bits ? (const T**)scratch(kSamples, size_t(I) * sizeof(T*)) : nullptr;
   for (int64_t b = begin; b < end; b++) {
     const int64_t active = compress(x + b * I, I, value, index);
     for (int64_t o = 0; o < O; o++) sums[o] = bias ? to_acc(bias[o]) : A(0);
     for (int64_t o = O; o < room; o++) sums[o] = 0;
-    for (int64_t p = 0; p < active; p++) add_input(w, weight, index[p], value[p], sums);
+    if (bits) forward_bits(w, weights, active, value, index, at, sums);
+    else
+      for (int64_t p = 0; p < active; p++) add_input(w, weight, index[p], value[p], sums);
     for (int64_t o = 0; o < O; o++) from_acc(sums[o], y[b * O + o]);
   }
 }

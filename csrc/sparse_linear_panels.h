@@ -1,6 +1,7 @@
 // Sparse rows times a dense matrix whose tiles of kPanel columns stay in the first-level cache.
 #pragma once
 #include "sparse_linear.h"
+#include "sparse_linear_bits.h"
 #include "sparse_linear_rows.h"
 
 namespace sparsekern {
@@ -33,16 +34,19 @@ void add_panel(RowLists<A> lists, int64_t rows, const A* tile, A* sums, int64_t 
   }
 }
 
-// The same for all panels of `columns` columns: tiles (panels, kTileRows, kPanel), sums (rows, columns; stride).
+// The same by as few vectors as `columns` of the panel need.
+template <class A> void add_panel(RowLists<A> lists, int64_t rows, int64_t columns, const A* tile, A* sums, int64_t stride) {
+  if (columns > 3 * kLanes) add_panel<4>(lists, rows, tile, sums, stride);
+  else if (columns > 2 * kLanes) add_panel<3>(lists, rows, tile, sums, stride);
+  else if (columns > kLanes) add_panel<2>(lists, rows, tile, sums, stride);
+  else add_panel<1>(lists, rows, tile, sums, stride);
+}
+
+// For all panels of `columns` columns: tiles (panels, kTileRows, kPanel), sums (rows, columns; stride).
 template <class A>
 void add_panels(RowLists<A> lists, int64_t rows, int64_t columns, const A* tiles, A* sums, int64_t stride) {
-  for (int64_t c = 0; c < columns; c += kPanel, tiles += kTileRows<A> * kPanel, sums += kPanel) {
-    const int64_t left = columns - c;
-    if (left > 3 * kLanes) add_panel<4>(lists, rows, tiles, sums, stride);
-    else if (left > 2 * kLanes) add_panel<3>(lists, rows, tiles, sums, stride);
-    else if (left > kLanes) add_panel<2>(lists, rows, tiles, sums, stride);
-    else add_panel<1>(lists, rows, tiles, sums, stride);
-  }
+  for (int64_t c = 0; c < columns; c += kPanel, tiles += kTileRows<A> * kPanel, sums += kPanel)
+    add_panel(lists, rows, columns - c, tiles, sums, stride);
 }
 
 SPARSEKERN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -64,38 +68,97 @@ SPARSEKERN_INLINE int64_t first_block(const LinearSupport& w, int64_t i, int64_t
   return low;
 }
 
-// Row i of the dense (I, O) weights, columns [first, last), into a row of tiles.
-template <class T>
-SPARSEKERN_INLINE void spread_input(const LinearSupport& w, const T* weight, int64_t i, int64_t first, int64_t last,
-                                    acc_t<T>* tiles) {
+// y (rows, columns) += x M for sparse rows x (rows, K; stride K) and a dense matrix M (K, columns), of which `tiles` lays
+// out `count` rows at a time: begin(first, count) prepares them, panel(c) gives the tile (kTileRows, kPanel) of panel c.
+// The sums (panels, rows, kPanel) hold y.
+template <class T, class Tiles>
+void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, acc_t<T>* sums, Tiles tiles) {
   using A = acc_t<T>;
-  const int64_t G = w.group;
-  const int64_t from = first_block(w, i, first / G);
-  const int64_t to = last == w.outputs ? w.ccol[i + 1] : first_block(w, i, (last + G - 1) / G);
-  if (G == 1) {
-    for (int64_t b = from; b < to; b++) tiles[tile_column<A>(uint32_t(w.rows[b] - first))] = to_acc(weight[b]);
-    return;
-  }
-  for (int64_t b = from; b < to; b++)
-    for (int64_t g = 0, o = w.rows[b] * G; g < G; g++, o++)
-      if (o >= first && o < last) tiles[tile_column<A>(o - first)] = to_acc(weight[b * G + g]);
-}
-
-// y (rows, columns) += x M for sparse rows x (rows, K; stride K) and a matrix M (K, columns) that `fill(first, count,
-// tiles)` lays out `count` rows of at a time, in tiles that are zero before. `sums` (rows, stride) holds y.
-template <class T, class Fill>
-void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, acc_t<T>* sums, int64_t stride, Fill fill) {
-  using A = acc_t<T>;
-  const size_t size = size_t(round_up(columns, kPanel) * kTileRows<A>) * sizeof(A);
-  A* tiles = (A*)scratch(kTiles, size);
   const RowLists<A> lists = allocate_lists<A>(kLists, rows, kTileRows<A>);
   for (int64_t first = 0; first < K; first += kTileRows<A>) {
     const int64_t count = K - first < kTileRows<A> ? K - first : kTileRows<A>;
-    std::memset(tiles, 0, size);
-    fill(first, count, tiles);
+    tiles.begin(first, count);
     fill_lists(x + first, K, rows, count, int32_t(kPanel), lists);
-    add_panels(lists, rows, columns, tiles, sums, stride);
+    A* sum = sums;
+    for (int64_t c = 0; c * kPanel < columns; c++, sum += rows * kPanel)
+      add_panel(lists, rows, columns - c * kPanel, tiles.panel(c), sum, kPanel);
   }
+}
+
+template <class A> A* allocate_tiles(int64_t columns) {
+  return (A*)scratch(kTiles, size_t(round_up(columns, kPanel) * kTileRows<A>) * sizeof(A));
+}
+
+// The dense (I, O) weights at outputs [first, last), from the stored blocks: an input's row is filled, then cut up.
+template <class T> struct WeightTiles {
+  using A = acc_t<T>;
+  const LinearSupport& w;
+  const T* weight;
+  int64_t first, last;
+  A* tiles;
+  A* row; // (panels * kPanel,), zeros between uses
+
+  WeightTiles(const LinearSupport& w_, const T* weight_, int64_t first_, int64_t last_)
+      : w(w_), weight(weight_), first(first_), last(last_), tiles(allocate_tiles<A>(last - first)) {
+    const size_t size = size_t(round_up(last - first, kPanel)) * sizeof(A);
+    row = (A*)scratch(kValues, size);
+    std::memset((void*)row, 0, size);
+  }
+  void fill_row(int64_t i) {
+    const int64_t G = w.group, from = first_block(w, i, first / G);
+    const int64_t to = last == w.outputs ? w.ccol[i + 1] : first_block(w, i, (last + G - 1) / G);
+    if (G == 1)
+      for (int64_t b = from; b < to; b++) row[w.rows[b] - first] = to_acc(weight[b]);
+    else
+      for (int64_t b = from; b < to; b++)
+        for (int64_t g = 0, o = w.rows[b] * G - first; g < G; g++, o++)
+          if (o >= 0 && o < last - first) row[o] = to_acc(weight[b * G + g]);
+  }
+  void begin(int64_t i, int64_t count) {
+    for (int64_t r = 0; r < count; r++) {
+      fill_row(i + r);
+      A* to = tiles + r * kPanel;
+      for (int64_t c = 0; c < last - first; c += kPanel, to += kTileRows<A> * kPanel)
+        for (int64_t v = 0; v < kPanel; v += kLanes) {
+          store(to + v, load(row + c + v));
+          store(row + c + v, vec<A>{});
+        }
+    }
+  }
+  const A* panel(int64_t c) const { return tiles + c * (kTileRows<A> * kPanel); }
+};
+
+// The same for G = 1 by the bitmap: each tile is filled just before its use, while it is in the first-level cache.
+template <class T> struct BitTiles {
+  using A = acc_t<T>;
+  const LinearSupport& w;
+  const PaddedWeights<T> weights;
+  int64_t first_word;
+  A* tile;
+  int64_t input, rows;
+  const T* at[kTileRows<A>]; // each input's next weight
+
+  BitTiles(const LinearSupport& w_, const T* weight, int64_t first)
+      : w(w_), weights(w_, weight), first_word(first / kPanel), tile(allocate_tiles<A>(kPanel)) {}
+  void begin(int64_t i, int64_t count) {
+    input = i, rows = count;
+    for (int64_t r = 0; r < count; r++) at[r] = weights.of_input(i + r) + weights_before(w, i + r, first_word);
+  }
+  const A* panel(int64_t c) {
+    const int64_t words = bit_words(w);
+    const uint64_t* word = w.bits + input * words + first_word + c;
+    A* to = tile;
+    for (int64_t r = 0; r < rows; r++, word += words, to += kPanel)
+      at[r] = expand_word(*word, at[r], [&](int v, vec<A> x) { store(to + v * kLanes, x); });
+    return tile;
+  }
+};
+
+// Sums (panels, rows, kPanel) to rows [begin, begin + rows) and columns [first, first + columns) of y (B, O).
+template <class T, class Get>
+void store_sums(T* y, int64_t stride, int64_t rows, int64_t columns, Get get) {
+  for (int64_t s = 0; s < rows; s++)
+    for (int64_t c = 0; c < columns; c += kLanes) store_first(y + s * stride + c, get(s, c), columns - c);
 }
 
 // Outputs [first, last) of x W^T + bias for rows [begin, end).
@@ -103,46 +166,75 @@ template <class T>
 void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
                     int64_t end, int64_t first, int64_t last) {
   using A = acc_t<T>;
-  const int64_t rows = end - begin, columns = last - first, stride = round_up(columns, kPanel) + kLanes;
-  A* sums = (A*)scratch(kSums, size_t(rows * stride) * sizeof(A));
-  for (int64_t s = 0; s < rows; s++)
-    for (int64_t o = 0; o < stride; o++) sums[s * stride + o] = bias && o < columns ? to_acc(bias[first + o]) : A(0);
-  multiply_rows(x + begin * w.inputs, w.inputs, rows, columns, sums, stride, [&](int64_t i, int64_t count, A* tiles) {
-    for (const int64_t until = i + count; i < until; i++, tiles += kPanel) spread_input(w, weight, i, first, last, tiles);
+  const int64_t rows = end - begin, columns = last - first, K = w.inputs;
+  A* sums = (A*)scratch(kSums, size_t(rows * round_up(columns, kPanel)) * sizeof(A));
+  for (int64_t c = 0; c < round_up(columns, kPanel); c += kLanes) {
+    const vec<A> start = bias && c < columns ? load_first(bias + first + c, columns - c) : vec<A>{};
+    A* sum = sums + c / kPanel * (rows * kPanel) + c % kPanel;
+    for (int64_t s = 0; s < rows; s++) store(sum + s * kPanel, start);
+  }
+  if (has_bits(w)) multiply_rows(x + begin * K, K, rows, columns, sums, BitTiles<T>(w, weight, first));
+  else multiply_rows(x + begin * K, K, rows, columns, sums, WeightTiles<T>(w, weight, first, last));
+  store_sums(y + begin * w.outputs + first, w.outputs, rows, columns, [&](int64_t s, int64_t c) {
+    return load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
   });
-  for (int64_t s = 0; s < rows; s++)
-    for (int64_t o = 0; o < columns; o++) from_acc(sums[s * stride + o], y[(begin + s) * w.outputs + first + o]);
 }
+
+// The transpose of the weights, (O, I), at inputs [first, last), from the stored blocks.
+template <class T> struct TransposedTiles {
+  using A = acc_t<T>;
+  const LinearSupport& w;
+  const T* weight;
+  int64_t first, columns;
+  A* tiles;
+  int32_t* next; // each input's first block that is not laid out yet
+  int64_t output, rows;
+
+  TransposedTiles(const LinearSupport& w_, const T* weight_, int64_t first_, int64_t last)
+      : w(w_), weight(weight_), first(first_), columns(last - first_), tiles(allocate_tiles<A>(kPanel)) {
+    next = (int32_t*)scratch(kIndices, size_t(columns) * 4);
+    for (int64_t c = 0; c < columns; c++) next[c] = w.ccol[first + c];
+  }
+  void begin(int64_t o, int64_t count) { output = o, rows = count; }
+  const A* panel(int64_t p) {
+    const int64_t G = w.group, c = p * kPanel, count = columns - c < kPanel ? columns - c : kPanel;
+    std::memset((void*)tiles, 0, size_t(kTileRows<A> * kPanel) * sizeof(A));
+    for (int64_t k = 0; k < count; k++) {
+      const int32_t stop = w.ccol[first + c + k + 1];
+      A* to = tiles + k;
+      int32_t b = next[c + k];
+      if (G == 1) {
+        const int32_t until = int32_t(output + rows);
+        for (; b < stop && w.rows[b] < until; b++) to[(w.rows[b] - output) * kPanel] = to_acc(weight[b]);
+        next[c + k] = b;
+        continue;
+      }
+      for (; b < stop && w.rows[b] * G < output + rows; b++)
+        for (int64_t g = 0, at = w.rows[b] * G - output; g < G; g++, at++)
+          if (at >= 0 && at < rows) to[at * kPanel] = to_acc(weight[b * G + g]);
+      // A block that reaches past this tile is laid out in the next one again.
+      next[c + k] = b > next[c + k] && w.rows[b - 1] * G + G > output + rows ? b - 1 : b;
+    }
+    return tiles;
+  }
+};
 
 // Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros.
 template <class T>
 void grad_input_panels(const LinearSupport& w, const T* grad_y, const T* x, const T* weight, T* grad_x,
                        bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
   using A = acc_t<T>;
-  const int64_t rows = end - begin, columns = last - first, stride = round_up(columns, kPanel) + kLanes, G = w.group;
-  A* sums = (A*)scratch(kSums, size_t(rows * stride) * sizeof(A));
-  std::memset(sums, 0, size_t(rows * stride) * sizeof(A));
-  int32_t* next = (int32_t*)scratch(kIndices, size_t(columns) * 4); // each input's first block that is not laid out yet
-  for (int64_t c = 0; c < columns; c++) next[c] = w.ccol[first + c];
-  multiply_rows(grad_y + begin * w.outputs, w.outputs, rows, columns, sums, stride,
-                [&](int64_t o, int64_t count, A* tiles) {
-    const int64_t until = o + count;
-    for (int64_t c = 0; c < columns; c++) {
-      A* column = tiles + tile_column<A>(c);
-      const int64_t stop = w.ccol[first + c + 1];
-      int64_t b = next[c];
-      for (; b < stop && w.rows[b] * G < until; b++)
-        for (int64_t g = 0, at = w.rows[b] * G - o; g < G; g++, at++)
-          if (at >= 0 && at < count) column[at * kPanel] = to_acc(weight[b * G + g]);
-      // A block that reaches past this tile is laid out in the next one again.
-      next[c] = int32_t(b > next[c] && w.rows[b - 1] * G + G > until ? b - 1 : b);
-    }
+  const int64_t rows = end - begin, columns = last - first, K = w.outputs;
+  const size_t size = size_t(rows * round_up(columns, kPanel)) * sizeof(A);
+  A* sums = (A*)scratch(kSums, size);
+  std::memset((void*)sums, 0, size);
+  multiply_rows(grad_y + begin * K, K, rows, columns, sums, TransposedTiles<T>(w, weight, first, last));
+  const T* where = x + begin * w.inputs + first;
+  store_sums(grad_x + begin * w.inputs + first, w.inputs, rows, columns, [&](int64_t s, int64_t c) {
+    const vec<A> sum = load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
+    if (!at_nonzeros) return sum;
+    return load_first(where + s * w.inputs + c, columns - c) != 0 ? sum : vec<A>{};
   });
-  for (int64_t s = 0; s < rows; s++)
-    for (int64_t c = 0; c < columns; c++) {
-      const int64_t at = (begin + s) * w.inputs + first + c;
-      from_acc(at_nonzeros && to_acc(x[at]) == 0 ? A(0) : sums[s * stride + c], grad_x[at]);
-    }
 }
 
 // grad_y (B, O) as tiles: (ceil(B / kTileRows), panels, kTileRows, kPanel), zeros beyond B and O. Tiles [begin, end).
@@ -179,7 +271,8 @@ void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* 
     for (int64_t r = 0; r < rows; r++) {
       const A* sum = sums + r * stride;
       const int64_t stop = w.ccol[i + r + 1];
-      if (G == 1)
+      if (has_bits(w)) pack_input(w, i + r, sum, grad, int64_t(w.ccol[end]));
+      else if (G == 1)
         for (int64_t b = w.ccol[i + r]; b < stop; b++) from_acc(sum[w.rows[b]], grad[b]);
       else
         for (int64_t b = w.ccol[i + r]; b < stop; b++)

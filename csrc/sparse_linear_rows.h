@@ -5,7 +5,7 @@
 namespace sparsekern {
 namespace {
 
-enum Slot { kValues, kIndices, kSums, kSamples, kTiles, kLists };
+enum Slot { kValues, kIndices, kSums, kSamples, kTiles, kLists, kTail, kShared };
 
 // value and index of the non-zeros of x (n,), ascending; returns how many. Both need room for n + 16: whole registers
 // are stored.

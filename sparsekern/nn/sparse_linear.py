@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
 from sparsekern.ops import _check
-from sparsekern.ops.sparse_linear import sparse_linear
+from sparsekern.ops.sparse_linear import pack_support, sparse_linear_prepared
 from sparsekern.ops.sparse_linear_reference import compress, densify
 
 
@@ -75,6 +75,8 @@ class SparseLinear(nn.Module):
         )
         self.register_buffer("ccol_indices", torch.empty(in_features + 1, dtype=torch.int32, device=device))
         self.register_buffer("row_indices", torch.empty(blocks, dtype=torch.int32, device=device))
+        self.register_buffer("support_bits", None, persistent=False)
+        self._packed_version: int | None = None  # of the row_indices that support_bits were made from
 
     def reset_parameters(self) -> None:
         """Draws support, weights and bias anew (a support that was given is kept)."""
@@ -86,6 +88,7 @@ class SparseLinear(nn.Module):
             ccol_indices, row_indices = supports_to_indices(supports, self.in_features)
             self.ccol_indices.copy_(ccol_indices)
             self.row_indices.copy_(row_indices)
+        self._pack_support()
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
         self._zero_unused_lanes()
@@ -99,15 +102,27 @@ class SparseLinear(nn.Module):
             last = self.row_indices == self.out_features // self.group_size
             self.weight[last, used:] = 0
 
+    @torch.no_grad()
+    def _pack_support(self) -> None:
+        rows = self.row_indices
+        self._packed_version = None if rows.is_inference() else rows._version
+        if not rows.is_meta:
+            self.support_bits = pack_support(self.ccol_indices, rows, self.out_features, self.group_size)
+
     def forward(self, x: Tensor) -> Tensor:
-        return sparse_linear(
+        if not torch.compiler.is_compiling():
+            rows = self.row_indices
+            if self._packed_version != (None if rows.is_inference() else rows._version):
+                self._pack_support()  # someone wrote to the support
+        return sparse_linear_prepared(
             x,
             self.weight,
             self.ccol_indices,
             self.row_indices,
             self.out_features,
             self.bias,
-            sparse_input_grad=self.sparse_input_grad,
+            self.sparse_input_grad,
+            self.support_bits if x.device.type == "cpu" else None,
         )
 
     @property
@@ -200,6 +215,7 @@ class SparseLinear(nn.Module):
         )
         layer.ccol_indices.copy_(ccol_indices)
         layer.row_indices.copy_(row_indices)
+        layer._pack_support()
         layer.weight.copy_(compress(linear.weight, layer.ccol_indices, layer.row_indices, group_size))
         if linear.bias is not None:
             layer.bias.copy_(linear.bias)
@@ -209,6 +225,7 @@ class SparseLinear(nn.Module):
         problem = self._misfit(state_dict, prefix)
         if problem is None:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            self._pack_support()
         else:
             errors.append(f"SparseLinear {prefix.rstrip('.') or '(root)'}: {problem}; nothing of this layer was loaded")
 

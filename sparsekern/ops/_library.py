@@ -79,3 +79,8 @@ def triton_body(reference):
 def has_kernel(name: str, device: str) -> bool:
     """Whether a body is registered for an op and a dispatch key ("CPU", "CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{name}", device)
+
+
+def instruction_set() -> str | None:
+    """What the CPU kernels run on: "baseline", "avx2" or "avx512"; None without them."""
+    return None if _C is None else _C.instruction_set()

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
-from sparsekern.ops._library import Function, define
+from sparsekern.ops._library import Function, define, instruction_set
 
 define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ccol_indices, Tensor row_indices, int out_features)"
-    " -> Tensor",
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ccol_indices, Tensor row_indices, int out_features,"
+    " Tensor? support_bits=None) -> Tensor",
     reference=reference.sparse_linear,
-    fake=lambda x, weight, bias, ccol_indices, row_indices, out_features: x.new_empty((x.shape[0], out_features)),
+    fake=lambda x, weight, bias, ccol_indices, row_indices, out_features, support_bits=None: x.new_empty(
+        (x.shape[0], out_features)
+    ),
 )
 define(
     "sparse_linear_grad_input(Tensor grad_y, Tensor x, Tensor weight, Tensor ccol_indices, Tensor row_indices,"
@@ -24,27 +26,31 @@ define(
     fake=lambda grad_y, x, weight, ccol_indices, row_indices, at_nonzeros: torch.empty_like(x),
 )
 define(
-    "sparse_linear_grad_weight(Tensor grad_y, Tensor x, Tensor ccol_indices, Tensor row_indices, int group_size)"
-    " -> Tensor",
+    "sparse_linear_grad_weight(Tensor grad_y, Tensor x, Tensor ccol_indices, Tensor row_indices, int group_size,"
+    " Tensor? support_bits=None) -> Tensor",
     reference=reference.sparse_linear_grad_weight,
-    fake=lambda grad_y, x, ccol_indices, row_indices, group_size: x.new_empty((row_indices.shape[0], group_size)),
+    fake=lambda grad_y, x, ccol_indices, row_indices, group_size, support_bits=None: x.new_empty(
+        (row_indices.shape[0], group_size)
+    ),
 )
 
 
 class SparseLinearFunction(Function):
     @staticmethod
-    def forward(x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad):
-        return torch.ops.sparsekern.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
+    def forward(x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits):
+        return torch.ops.sparsekern.sparse_linear.default(
+            x, weight, bias, ccol_indices, row_indices, out_features, support_bits
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad = inputs
-        ctx.save_for_backward(x, weight, ccol_indices, row_indices)
+        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad, support_bits = inputs
+        ctx.save_for_backward(x, weight, ccol_indices, row_indices, support_bits)
         ctx.sparse_input_grad = sparse_input_grad
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, weight, ccol_indices, row_indices = ctx.saved_tensors
+        x, weight, ccol_indices, row_indices, support_bits = ctx.saved_tensors
         twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
         ops = reference if twice else torch.ops.sparsekern  # the plain bodies are differentiable again
         grad_y = grad_y.contiguous()
@@ -52,10 +58,31 @@ class SparseLinearFunction(Function):
         if ctx.needs_input_grad[0]:
             grad_x = ops.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad)
         if ctx.needs_input_grad[1]:
-            grad_weight = ops.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, weight.shape[1])
+            grad_weight = ops.sparse_linear_grad_weight(
+                grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits
+            )
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, group_size: int) -> Tensor | None:
+    """The support as a bitmap for the CPU kernels, or None where they do not use one.
+
+    int64 (I, ceil(O / 64)): bit o % 64 of word o // 64 is set where the weight of output o exists.
+    """
+    wanted = group_size == 1 and ccol_indices.device.type == "cpu" and instruction_set() == "avx512"
+    if not wanted or len(row_indices) * 20 < (len(ccol_indices) - 1) * out_features:  # few weights: their indices do
+        return None
+    words = -(-out_features // 64)
+    rows = row_indices.long()
+    bits = torch.zeros((len(ccol_indices) - 1) * words, dtype=torch.int64)
+    bits.index_add_(
+        0,
+        reference.block_inputs(ccol_indices, len(row_indices)) * words + rows // 64,
+        torch.ones_like(rows) << rows % 64,
+    )
+    return bits.view(-1, words)
 
 
 def check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias) -> None:
@@ -115,13 +142,26 @@ def sparse_linear(
         ValueError: wrong shapes, tensors on different devices.
         TypeError: not floating point, different dtypes, indices not int32.
     """
+    return sparse_linear_prepared(
+        x, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits=None
+    )
+
+
+def sparse_linear_prepared(
+    x, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits
+) -> Tensor:
+    """:func:`sparse_linear` with what was prepared once for the support: see :func:`pack_support`."""
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
     x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseLinearFunction.apply(rows, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad)
+        y = SparseLinearFunction.apply(
+            rows, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits
+        )
     else:
-        y = torch.ops.sparsekern.sparse_linear(rows, weight, bias, ccol_indices, row_indices, out_features)
+        y = torch.ops.sparsekern.sparse_linear.default(
+            rows, weight, bias, ccol_indices, row_indices, out_features, support_bits
+        )
     return y.view(*x.shape[:-1], out_features)

@@ -51,6 +51,7 @@ def sparse_linear(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     out_features: int,
+    support_bits: Tensor | None = None,  # not needed here
 ) -> Tensor:
     return torch.nn.functional.linear(x, densify(weight, ccol_indices, row_indices, out_features), bias)
 
@@ -73,5 +74,6 @@ def sparse_linear_grad_weight(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     group_size: int,
+    support_bits: Tensor | None = None,  # not needed here
 ) -> Tensor:
     return compress(grad_y.t() @ x, ccol_indices, row_indices, group_size)

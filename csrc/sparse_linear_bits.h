@@ -1,0 +1,126 @@
+// Weights of single outputs (G = 1) by a bitmap of their support: sixteen stored weights are spread over their outputs, or
+// collected from them, by one instruction where there is one.
+#pragma once
+#include "sparse_linear.h"
+#include "sparse_linear_rows.h"
+
+namespace sparsekern {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr bool kHasExpand = true;
+
+// The elements of v in order, at the lanes of the mask; zeros elsewhere.
+SPARSEKERN_INLINE vec<float> expand(uint32_t mask, vec<float> v) {
+  return (vec<float>)_mm512_maskz_expand_ps(__mmask16(mask), (__m512)v);
+}
+SPARSEKERN_INLINE vec<float> pack(uint32_t mask, vec<float> v) {
+  return (vec<float>)_mm512_maskz_compress_ps(__mmask16(mask), (__m512)v);
+}
+SPARSEKERN_INLINE vec<double> expand(uint32_t mask, vec<double> v) {
+  double in[kLanes];
+  __m512d out[2];
+  std::memcpy(in, &v, sizeof v);
+  out[0] = _mm512_maskz_expand_pd(__mmask8(mask), _mm512_loadu_pd(in));
+  out[1] = _mm512_maskz_expand_pd(__mmask8(mask >> 8), _mm512_loadu_pd(in + __builtin_popcount(mask & 0xff)));
+  std::memcpy(&v, out, sizeof v);
+  return v;
+}
+SPARSEKERN_INLINE vec<double> pack(uint32_t mask, vec<double> v) {
+  double out[kLanes + 8];
+  __m512d in[2];
+  std::memcpy(in, &v, sizeof v);
+  _mm512_storeu_pd(out, _mm512_maskz_compress_pd(__mmask8(mask), in[0]));
+  _mm512_storeu_pd(out + __builtin_popcount(mask & 0xff), _mm512_maskz_compress_pd(__mmask8(mask >> 8), in[1]));
+  std::memcpy(&v, out, sizeof v);
+  return v;
+}
+#else
+constexpr bool kHasExpand = false;
+template <class V> SPARSEKERN_INLINE V expand(uint32_t, V v) { return v; }
+template <class V> SPARSEKERN_INLINE V pack(uint32_t, V v) { return v; }
+#endif
+
+// Whether the bitmap serves here.
+SPARSEKERN_INLINE bool has_bits(const LinearSupport& w) { return kHasExpand && w.bits != nullptr; }
+
+SPARSEKERN_INLINE int64_t bit_words(const LinearSupport& w) { return (w.outputs + 63) / 64; }
+
+// The stored weights such that sixteen can be read from any of an input's on: the last ones are copied.
+template <class T> struct PaddedWeights {
+  const T* weight;
+  const T* copy;
+  const int32_t* ccol;
+  int64_t tail; // the first input of the copy
+
+  PaddedWeights(const LinearSupport& w, const T* weight_, bool wanted = true)
+      : weight(weight_), copy(nullptr), ccol(w.ccol), tail(w.inputs) {
+    if (!wanted) return;
+    const int64_t n = w.ccol[w.inputs];
+    while (tail > 0 && w.ccol[tail] + kLanes > n) tail--;
+    T* memory = (T*)scratch(kTail, size_t(n - w.ccol[tail] + kLanes) * sizeof(T));
+    std::memset((void*)memory, 0, size_t(n - w.ccol[tail] + kLanes) * sizeof(T));
+    std::memcpy((void*)memory, weight + w.ccol[tail], size_t(n - w.ccol[tail]) * sizeof(T));
+    copy = memory;
+  }
+  SPARSEKERN_INLINE const T* of_input(int64_t i) const {
+    return i >= tail ? copy + (ccol[i] - ccol[tail]) : weight + ccol[i];
+  }
+};
+
+// Sixty-four outputs of an input whose existing weights are at p: calls use(v, sixteen weights) for v = 0 .. 3. Returns
+// where the next ones are.
+template <class T, class Use> SPARSEKERN_INLINE const T* expand_word(uint64_t word, const T* p, Use use) {
+  const int64_t c1 = __builtin_popcountll(word << 48), c2 = __builtin_popcountll(word << 32);
+  const int64_t c3 = __builtin_popcountll(word << 16);
+  use(0, expand(uint32_t(word & 0xffff), load(p)));
+  use(1, expand(uint32_t(word >> 16 & 0xffff), load(p + c1)));
+  use(2, expand(uint32_t(word >> 32 & 0xffff), load(p + c2)));
+  use(3, expand(uint32_t(word >> 48), load(p + c3)));
+  return p + __builtin_popcountll(word);
+}
+
+// Existing weights before a word of input i.
+SPARSEKERN_INLINE int64_t weights_before(const LinearSupport& w, int64_t i, int64_t word) {
+  int64_t n = 0;
+  for (int64_t k = 0; k < word; k++) n += __builtin_popcountll(w.bits[i * bit_words(w) + k]);
+  return n;
+}
+
+// One row of y = x W^T + bias from its non-zeros: 64 outputs at a time in registers. `at` has room for `active` pointers.
+template <class T>
+void forward_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64_t active, const acc_t<T>* value,
+                  const int32_t* index, const T** at, acc_t<T>* sums) {
+  using A = acc_t<T>;
+  const int64_t words = bit_words(w);
+  for (int64_t p = 0; p < active; p++) at[p] = weights.of_input(index[p]);
+  for (int64_t k = 0; k < words; k++) {
+    vec<A> sum[4];
+    for (int v = 0; v < 4; v++) sum[v] = load(sums + k * 64 + v * kLanes);
+    for (int64_t p = 0; p < active; p++) {
+      const vec<A> a = splat(value[p]);
+      at[p] = expand_word(w.bits[index[p] * words + k], at[p], [&](int v, vec<A> x) { sum[v] = fma(a, x, sum[v]); });
+    }
+    for (int v = 0; v < 4; v++) store(sums + k * 64 + v * kLanes, sum[v]);
+  }
+}
+
+// The sums of an input at its existing outputs, narrowed, to its place in a gradient of the stored weights. Whole vectors
+// are written, also over what belongs to the next inputs, but nothing from `last` on.
+template <class T>
+SPARSEKERN_INLINE void pack_input(const LinearSupport& w, int64_t i, const acc_t<T>* sums, T* grad, int64_t last) {
+  const int64_t words = bit_words(w);
+  int64_t to = w.ccol[i];
+  for (int64_t k = 0; k < words; k++) {
+    const uint64_t word = w.bits[i * words + k];
+    for (int v = 0; v < 4; v++) {
+      const uint32_t mask = uint32_t(word >> (16 * v) & 0xffff);
+      const int64_t count = __builtin_popcount(mask);
+      store_first(grad + to, pack(mask, load(sums + k * 64 + v * kLanes)), last - to < kLanes ? count : kLanes);
+      to += count;
+    }
+  }
+}
+
+} // namespace
+} // namespace sparsekern
