@@ -7,6 +7,18 @@ namespace {
 
 const SparseLinearKernels& kernels() { return SPARSEKERN_SELECT(sparse_linear); }
 
+// A call through the dispatcher costs more than a look.
+Tensor unstrided(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Python has checked what users pass; these keep a wrong call of the bare op from reading beyond a tensor.
+void check(const char* op, const Tensor& x, const Tensor& other) {
+  STD_TORCH_CHECK(x.dim() == 2 && other.dim() == 2, op, ": wants matrices, got ", x.dim(), " and ", other.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(x.scalar_type() == other.scalar_type(), op, ": wants one dtype, got ",
+                  torch::headeronly::toString(x.scalar_type()), " and ",
+                  torch::headeronly::toString(other.scalar_type()));
+}
+
 LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int64_t outputs, int64_t group,
                       const std::optional<Tensor>& bits = {}) {
   return {ccol_indices.size(0) - 1, outputs, group, (const int32_t*)ccol_indices.const_data_ptr(),
@@ -45,10 +57,12 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
                      const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features,
                      const std::optional<Tensor>& support_bits) {
   const DType dtype = dtype_of("sparse_linear", x_);
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
-  const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
+  check("sparse_linear", x_, weight_);
+  const Tensor x = unstrided(x_), weight = unstrided(weight_);
+  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   std::optional<Tensor> bias;
-  if (bias_) bias = torch::stable::contiguous(*bias_);
+  if (bias_) STD_TORCH_CHECK(bias_->scalar_type() == x_.scalar_type(), "sparse_linear: wants bias in the dtype of x");
+  if (bias_) bias = unstrided(*bias_);
   const int64_t B = x.size(0);
   Tensor y = torch::stable::new_empty(x, {B, out_features});
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
@@ -69,9 +83,11 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
 Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight_,
                                 const Tensor& ccol_indices_, const Tensor& row_indices_, bool at_nonzeros) {
   const DType dtype = dtype_of("sparse_linear_grad_input", x_);
-  const Tensor grad_y = torch::stable::contiguous(grad_y_), x = torch::stable::contiguous(x_);
-  const Tensor weight = torch::stable::contiguous(weight_);
-  const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
+  check("sparse_linear_grad_input", x_, grad_y_);
+  check("sparse_linear_grad_input", x_, weight_);
+  const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_);
+  const Tensor weight = unstrided(weight_);
+  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0);
   Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1));
@@ -93,8 +109,9 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
                                  const Tensor& row_indices_, int64_t group_size,
                                  const std::optional<Tensor>& support_bits) {
   const DType dtype = dtype_of("sparse_linear_grad_weight", x_);
-  const Tensor grad_y = torch::stable::contiguous(grad_y_), x = torch::stable::contiguous(x_);
-  const Tensor ccol = torch::stable::contiguous(ccol_indices_), rows = torch::stable::contiguous(row_indices_);
+  check("sparse_linear_grad_weight", x_, grad_y_);
+  const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_);
+  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);

@@ -43,7 +43,8 @@ void forward(const LinearSupport& w, const T* x, const T* weight, const T* bias,
   A* value = (A*)scratch(kValues, size_t(I + kLanes) * sizeof(A));
   int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
   A* sums = (A*)scratch(kSums, size_t(room) * sizeof(A));
-  const bool bits = has_bits(w);
+  // By the bitmap sixteen outputs take 5.5 cycles on Zen 4, by the indices each weight 1.7.
+  const bool bits = has_bits(w) && int64_t(w.ccol[I]) * 5 > I * O;
   const PaddedWeights<T> weights(w, weight, bits);
   const T** at = bits ? (const T**)scratch(kSamples, size_t(I) * sizeof(T*)) : nullptr;
   for (int64_t b = begin; b < end; b++) {

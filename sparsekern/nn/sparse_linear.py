@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
 from sparsekern.ops import _check
-from sparsekern.ops.sparse_linear import pack_support, sparse_linear_prepared
+from sparsekern.ops.sparse_linear import pack_support, sparse_linear_prepared, sparse_linear_rows
 from sparsekern.ops.sparse_linear_reference import compress, densify
 
 
@@ -76,7 +76,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("ccol_indices", torch.empty(in_features + 1, dtype=torch.int32, device=device))
         self.register_buffer("row_indices", torch.empty(blocks, dtype=torch.int32, device=device))
         self.register_buffer("support_bits", None, persistent=False)
-        self._packed_version: int | None = None  # of the row_indices that support_bits were made from
+        self._packed: tuple | None = None  # the state of row_indices that support_bits were made from
 
     def reset_parameters(self) -> None:
         """Draws support, weights and bias anew (a support that was given is kept)."""
@@ -105,24 +105,36 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def _pack_support(self) -> None:
         rows = self.row_indices
-        self._packed_version = None if rows.is_inference() else rows._version
+        self._packed = self._support_state(rows)
         if not rows.is_meta:
             self.support_bits = pack_support(self.ccol_indices, rows, self.out_features, self.group_size)
 
+    @staticmethod
+    def _support_state(rows: Tensor) -> tuple[int, int | None]:
+        """Another one whenever someone replaces the support or writes to it."""
+        return id(rows), None if rows.is_inference() else rows._version
+
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            rows = self.row_indices
-            if self._packed_version != (None if rows.is_inference() else rows._version):
-                self._pack_support()  # someone wrote to the support
-        return sparse_linear_prepared(
+        weight, buffers = self.weight, self._buffers
+        rows, bits = buffers["row_indices"], buffers["support_bits"]
+        if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
+            if torch._C._are_functorch_transforms_active():
+                bits = None  # rows is one of many supports
+            else:
+                self._pack_support()
+                bits = buffers["support_bits"]
+        # What the general way checks and casts costs as much as a small layer.
+        plain = x.is_cpu and x.dtype is weight.dtype and x.dim() == 2 and x.shape[1] == self.in_features
+        function = sparse_linear_rows if plain and not torch.is_autocast_enabled("cpu") else sparse_linear_prepared
+        return function(
             x,
-            self.weight,
-            self.ccol_indices,
-            self.row_indices,
+            weight,
+            buffers["ccol_indices"],
+            rows,
             self.out_features,
             self.bias,
             self.sparse_input_grad,
-            self.support_bits if x.device.type == "cpu" else None,
+            bits if x.is_cpu else None,
         )
 
     @property

@@ -153,15 +153,29 @@ def sparse_linear_prepared(
     """:func:`sparse_linear` with what was prepared once for the support: see :func:`pack_support`."""
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
     x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = sparse_linear_rows(rows, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def sparse_linear_rows(
+    x: Tensor,  # (B, I)
+    weight: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    sparse_input_grad: bool,
+    support_bits: Tensor | None,
+) -> Tensor:
+    """:func:`sparse_linear_prepared` without its checks."""
+    x = x.contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseLinearFunction.apply(
-            rows, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits
+        return SparseLinearFunction.apply(
+            x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits
         )
-    else:
-        y = torch.ops.sparsekern.sparse_linear.default(
-            rows, weight, bias, ccol_indices, row_indices, out_features, support_bits
-        )
-    return y.view(*x.shape[:-1], out_features)
+    return torch.ops.sparsekern.sparse_linear.default(
+        x, weight, bias, ccol_indices, row_indices, out_features, support_bits
+    )
