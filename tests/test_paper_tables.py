@@ -9,7 +9,7 @@ import torch
 
 import test_paper_train as t
 from sparsekern.paper import __main__ as paper
-from sparsekern.paper import results, runs, scores, speed, sweep, training
+from sparsekern.paper import report, results, runs, scores, speed, sweep, training
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks, published
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
@@ -161,6 +161,13 @@ def test_entropy_and_report(tmp_path, capsys):
     assert "![entropy-table1](entropy-table1.png)" in text
     assert "`python -m sparsekern.paper table1`" in text
     assert "speed: left out" in capsys.readouterr().out
+
+
+def test_the_committed_document_is_that_of_the_committed_results(monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    written = Path("docs/results.md").read_text()
+    assert report.document(results.FOLDER, Path("docs"), t.silent) == written, "run: python -m sparsekern.paper report"
 
 
 def test_figure5(tmp_path, monkeypatch):

@@ -38,9 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show(folder: Path) -> list[Path]:
-    drawn = folder / f"{NAME}.png"
-    return [drawn] if drawn.exists() else []
+def show(folder: Path) -> list[Path | str]:
+    path = folder / f"{NAME}.csv"
+    trials = results.read(path).configuration["trials"]
+    note = f"Circles: {trials:,} random vectors each; lines: equation 3, exact; the paper's parameters. From {path}."
+    return [folder / f"{NAME}.png", note]
 
 
 def active(name: str, n: int) -> int:

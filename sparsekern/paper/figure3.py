@@ -39,9 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show(folder: Path) -> list[Path]:
-    drawn = folder / f"{NAME}.png"
-    return [drawn] if drawn.exists() else []
+def show(folder: Path) -> list[Path | str]:
+    path = folder / f"{NAME}.csv"
+    trials = results.read(path).configuration["trials"]
+    note = (
+        f"Circles: {trials:,} pairs of random vectors each; dotted lines: the matches at each overlap, simulated, weighted by "
+        f"the overlap's exact probability; the paper's parameters. From {path}."
+    )
+    return [folder / f"{NAME}.png", note]
 
 
 def points() -> list[tuple[str, str, int, float]]:

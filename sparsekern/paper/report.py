@@ -17,9 +17,20 @@ SECTIONS = {**COMMANDS, "figure5": figure5, "entropy": entropy, "speed": speed, 
             "table3": table3}  # fmt: skip
 BEGINNING = """# The paper's results, reproduced
 
-Written by `python -m sparsekern.paper report` from the result files in `{folder}`, each of which begins with the
-configuration and the machine that it comes from and has its SHA-256 beside it. Each section names the command that makes
-its file, or, where the file is there, only prints it.
+Written by `python -m sparsekern.paper report` from the result files in `{folder}`. Each of them begins with the
+configuration and the machine that it comes from, and has its SHA-256 beside it. Each section names the command that made
+its file; where the file is there, the command prints and draws from it.
+
+To train everything anew, several runs at a time, and then gather, print and draw it:
+
+    pip install 'sparsekern[paper,sweep]'
+    rm -r {folder}
+    python -m sparsekern.paper sweep table1 table2 gaussian
+    for command in table1 table2 gaussian figure5 entropy speed figure2 figure3 report; do
+        python -m sparsekern.paper $command
+    done
+
+A sweep that was stopped goes on by the same command; `--seeds 42-44` trains fewer seeds, and later the others.
 """
 
 
@@ -32,25 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     out = console()
-    parts = [BEGINNING.format(folder=arguments.results)]
-    for name, command in SECTIONS.items():
-        try:
-            shown = command.show(arguments.results)
-        except FileNotFoundError as error:
-            out.print(f"{name}: left out, there is no {error.filename}")
-            continue
-        title = command.HELP[0].upper() + command.HELP[1:]
-        parts += [
-            f"## {title}",
-            f"`python -m sparsekern.paper {name}`",
-            *(_markdown(part, arguments.out) for part in shown),
-        ]
-    write_atomically(arguments.out, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
+    write_atomically(arguments.out, document(arguments.results, arguments.out.parent, out.print).encode())
     out.print(f"written to {arguments.out}")
     return 0
 
 
-def _markdown(part: Table | Path, document: Path) -> str:
-    if isinstance(part, Table):
-        return part.markdown()
-    return f"![{part.stem}]({os.path.relpath(part, document.parent)})"
+def document(folder: Path, beside: Path, report=print) -> str:
+    """The whole text.
+
+    Args:
+        folder: of the results.
+        beside: the folder that the document's links start from.
+        report: called with what is left out.
+    """
+    parts = [BEGINNING.format(folder=folder)]
+    for name, command in SECTIONS.items():
+        try:
+            shown = command.show(folder)
+        except FileNotFoundError as error:
+            report(f"{name}: left out, there is no {error.filename}")
+            continue
+        if shown:
+            parts += [f"## {command.HELP[0].upper() + command.HELP[1:]}", f"`python -m sparsekern.paper {name}`"]
+            parts += [_markdown(part, beside) for part in shown]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _markdown(part: Table | Path | str, beside: Path) -> str:
+    if isinstance(part, Path):
+        return f"![{part.stem}]({os.path.relpath(part, beside)})"
+    return part.markdown() if isinstance(part, Table) else part

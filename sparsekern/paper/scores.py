@@ -48,9 +48,16 @@ class ScoreCommand:
         out = console()
         configurations = self.configurations(arguments.seeds, arguments.group_size, arguments.device)
         runs.gather(self.path(arguments.out), configurations, runs.obtainer(arguments, out), out.print)
-        for part in self.show(arguments.out):
-            part.print(out) if isinstance(part, Table) else out.print(f"drawn in {part}")
+        for drawn in self.draw(arguments.out):
+            out.print(f"drawn in {drawn}")
+        for table in self.show(arguments.out):
+            if isinstance(table, Table):
+                table.print(out)
         return 0
+
+    def draw(self, folder: Path) -> list[Path]:
+        """The plots of the result file that the command writes."""
+        return []
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}.csv"
@@ -154,21 +161,25 @@ def _plus_minus(mean: float, std: float) -> str:
 class GaussianCommand(ScoreCommand):
     """Adds the accuracy at each noise level, as a table and a plot."""
 
+    def draw(self, folder: Path) -> list[Path]:
+        levels, curves = self._curves(folder)
+        xlabel = "s, standard deviation of the pixels' noise"
+        return plots.save(draw_noise_curves(curves, [float(s) for s in levels], xlabel), folder / self.name)
+
     def show(self, folder: Path) -> list[Table | Path]:
-        by_run = runs.rows_by_run(results.read(self.path(folder)).rows)
-        levels = [f"{s:.2f}" for s in DATA_SETS[self.data_set].noise_levels]
-        curves = {name: noise_curve(seeds, levels) for name, seeds in by_run.items()}
-        rows = [
-            [name, str(len(by_run[name])), *(f"{mean:.1f} ± {std:.1f}" for mean, std in curve)]
-            for name, curve in curves.items()
-        ]
-        table = Table(self.title, ["network", "runs", *(f"s = {float(s):.1f}" for s in levels)], rows)
+        levels, curves = self._curves(folder)
+        rows = [[name, *(f"{mean:.1f} ± {std:.1f}" for mean, std in curve)] for name, curve in curves.items()]
+        table = Table(self.title, ["network", *(f"s = {float(s):.1f}" for s in levels)], rows)
         table.notes = [
             f"Accuracy in % after the last epoch, mean ± standard deviation. From {self.path(folder)}.",
             self.note,
         ]
-        drawing = draw_noise_curves(curves, [float(s) for s in levels], "s, standard deviation of the pixels' noise")
-        return [table, plots.save(drawing, folder / self.name)[0]]
+        return [table, folder / f"{self.name}.png"]
+
+    def _curves(self, folder: Path) -> tuple[list[str], dict]:
+        levels = [f"{s:.2f}" for s in DATA_SETS[self.data_set].noise_levels]
+        by_run = runs.rows_by_run(results.read(self.path(folder)).rows)
+        return levels, {f"{name} ({len(seeds)} runs)": noise_curve(seeds, levels) for name, seeds in by_run.items()}
 
 
 def noise_curve(seeds: dict[str, list[dict]], levels: list[str]) -> list[tuple[float, float]]:
