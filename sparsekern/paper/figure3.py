@@ -43,8 +43,8 @@ def show(folder: Path) -> list[Path | str]:
     path = folder / f"{NAME}.csv"
     trials = results.read(path).configuration["trials"]
     note = (
-        f"Circles: {trials:,} pairs of random vectors each; dotted lines: the matches at each overlap, simulated, weighted by "
-        f"the overlap's exact probability; the paper's parameters. From {path}."
+        f"Circles: {trials:,} pairs of random vectors each; dotted lines: the simulated matches at each overlap, weighted "
+        f"by the overlap's exact probability; the paper's parameters. From {path}."
     )
     return [folder / f"{NAME}.png", note]
 
