@@ -8,6 +8,7 @@ namespace sparsekern {
 struct Conv2d {
   int64_t B, C, H, W, O, KH, KW, OH, OW, SH, SW, PH, PW;
   DType dtype;
+  bool operator==(const Conv2d&) const = default;
 };
 
 // A batch of images, contiguous (NCHW) or channels-last (NHWC).
