@@ -8,7 +8,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from sparsekern.ops import _triton, k_winners_triton
+from sparsekern.ops import _triton, k_winners_triton, sparse_linear_triton
 from triton_compile import SHARED_MEMORY, compile_launch, launches, resources
 
 META = torch.device("meta")
@@ -23,6 +23,19 @@ def k_winners(rows, n, k, dtype, channels=None, inner=1, boosted=True):
     k_winners_triton.k_winners_backward(x, winners)
     seen = torch.empty((), dtype=torch.int64, device=META)
     k_winners_triton.update_duty_cycle_(counts.new_empty(channels, dtype=F32), seen, counts, 1000, 1, 1)
+
+
+def sparse_linear(B, I, O, dtype, G=1, density=0.4):
+    """Forward and gradients; blocks are as many as the density asks for, wherever they are."""
+    groups = -(-O // G)
+    x, grad_y = torch.empty(B, I, dtype=dtype, device=META), torch.empty(B, O, dtype=dtype, device=META)
+    weight = torch.empty(int(density * I) * groups, G, dtype=dtype, device=META)
+    ccol, row = torch.empty(I + 1, dtype=torch.int32, device=META), weight.new_empty(len(weight), dtype=torch.int32)
+    bias = torch.empty(O, dtype=dtype, device=META)
+    sparse_linear_triton.sparse_linear(x, weight, bias, ccol, row, O)
+    for at_nonzeros in (False, True):
+        sparse_linear_triton.sparse_linear_grad_input(grad_y, x, weight, ccol, row, at_nonzeros)
+    sparse_linear_triton.sparse_linear_grad_weight(grad_y, x, ccol, row, G)
 
 
 # What runs: the bodies' choices by rows, length, alignment, dtype and batch.
@@ -41,6 +54,11 @@ CASES = {
     "k_winners 2048 x 131072": lambda: k_winners(2048, 131072, 64, F32, boosted=False),
     "k_winners 4096 x 131071 bfloat16": lambda: k_winners(4096, 131071, 20000, BF16),
     "k_winners 2 x 2**21": lambda: k_winners(2, 2**21, 64, F32),
+    "linear 1 x 1600 -> 1000": lambda: sparse_linear(1, 1600, 1000, F32),
+    "linear 3 x 1600 -> 1001 bfloat16": lambda: sparse_linear(3, 1600, 1001, BF16),
+    "linear 32 x 1600 -> 1000": lambda: sparse_linear(32, 1600, 1000, F32),
+    "linear 1 x 14336 -> 4096 bfloat16, d=1": lambda: sparse_linear(1, 14336, 4096, BF16, density=1.0),
+    "linear 32 x 4096 -> 16384 float16, G=64": lambda: sparse_linear(32, 4096, 16384, torch.float16, 64, 0.1),
 }
 
 

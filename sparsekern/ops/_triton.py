@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import triton
@@ -14,6 +15,8 @@ from torch import Tensor
 KEY_LOW = tl.constexpr(-(2**31))
 KEY_NAN = tl.constexpr(2**31 - 2)
 KEY_HIGH = tl.constexpr(2**31 - 1)
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -42,6 +45,15 @@ def narrow(value, dtype: tl.constexpr):
         return tl.where(value != value, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b: float32 without TF32; the interpreter would multiply the bits of bfloat16 as integers."""
+    if INTERPRETED or a.dtype == tl.float32:
+        return tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
 
 
 @functools.lru_cache

@@ -1,0 +1,360 @@
+"""The sparse linear layer for small batches: each weight row that any sample needs is read once, the others never.
+
+``rows`` is the weight as (I, stride): as stored where every block exists, else laid out by :func:`densify_rows`. Lists of
+active inputs are made part by part of the inputs, each as long as the part may need, so no number has to reach the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsekern.ops._triton import cdiv, dot, multiprocessors, narrow, next_power_of_2, widen
+
+
+@triton.jit
+def any_active(x_ptr, i, valid, B, I, BLOCK_I: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Which of the inputs i some sample has."""
+    active = tl.zeros((BLOCK_I,), tl.int32)
+    for start in range(0, B, BLOCK_B):
+        b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
+        x = tl.load(x_ptr + b[:, None] * I + i[None, :], mask=(b < B)[:, None] & valid[None, :], other=0.0)
+        active = tl.maximum(active, tl.max((widen(x) != 0).to(tl.int32), 0))
+    return active
+
+
+@triton.jit
+def _densify_rows_kernel(
+    weight_ptr,  # (blocks, G)
+    ccol_ptr,  # (I + 1,)
+    row_ptr,  # (blocks,)
+    x_ptr,  # (B, I)
+    rows_ptr,  # (I, stride)
+    B,
+    I,
+    stride,
+    G: tl.constexpr,
+    ONLY_ACTIVE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row i by program i: first zeros, then its blocks. Rows of inputs that no sample has are left unwritten."""
+    i = tl.program_id(0)
+    wanted = True
+    if ONLY_ACTIVE:
+        one = i + tl.arange(0, 1)
+        wanted = tl.max(any_active(x_ptr, one, one < I, B, I, 1, BLOCK_B)) > 0
+    if wanted:
+        rows_ptr += i.to(tl.int64) * stride
+        for start in range(0, stride, BLOCK):
+            o = start + tl.arange(0, BLOCK)
+            tl.store(rows_ptr + o, tl.zeros((BLOCK,), rows_ptr.dtype.element_ty), mask=o < stride)
+        tl.debug_barrier()  # the zeros before the values
+        begin = tl.load(ccol_ptr + i)
+        values = (tl.load(ccol_ptr + i + 1) - begin) * G
+        weight_ptr += begin.to(tl.int64) * G
+        for start in range(0, values, BLOCK):
+            e = start + tl.arange(0, BLOCK)
+            group = tl.load(row_ptr + begin + e // G, mask=e < values, other=0)
+            value = tl.load(weight_ptr + e, mask=e < values, other=0.0)
+            tl.store(rows_ptr + group * G + e % G, value, mask=e < values)
+
+
+@triton.jit
+def _active_inputs_kernel(
+    x_ptr,  # (B, I)
+    lists_ptr,  # (parts, PART) int32: each part's active inputs, ascending
+    counts_ptr,  # (parts,) int32
+    B,
+    I,
+    PART: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    part = tl.program_id(0)
+    i = part * PART + tl.arange(0, PART)
+    active = any_active(x_ptr, i, i < I, B, I, PART, BLOCK_B)
+    slot = tl.cumsum(active, 0) - 1
+    tl.store(lists_ptr + part * PART + slot, i, mask=active != 0)
+    tl.store(counts_ptr + part, tl.sum(active))
+
+
+@triton.jit
+def _rows_forward_kernel(
+    x_ptr,  # (B, I)
+    rows_ptr,  # (I, stride)
+    lists_ptr,  # (parts, PART)
+    counts_ptr,  # (parts,)
+    sums_ptr,  # (parts, B, O) float32
+    B,
+    I,
+    O,
+    stride,
+    PART: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program (tile of outputs, part of the inputs): the part's share of the sums."""
+    part = tl.program_id(1)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    b = tl.arange(0, BLOCK_B)
+    count = tl.load(counts_ptr + part)
+    if BLOCK_B == 1:
+        acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
+    for start in range(0, count, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
+        mask = (j < count)[:, None] & (o < O)[None, :]
+        w = tl.load(rows_ptr + i[:, None] * stride + o[None, :], mask=mask, other=0.0)
+        if BLOCK_B == 1:
+            x = tl.load(x_ptr + i, mask=j < count, other=0.0)
+            acc += widen(w) * widen(x)[:, None]
+        else:
+            live = (b < B)[:, None] & (j < count)[None, :]
+            x = tl.load(x_ptr + b[:, None] * I + i[None, :], mask=live, other=0.0)
+            acc = dot(x, w, acc)
+    sums_ptr += part.to(tl.int64) * B * O
+    if BLOCK_B == 1:
+        tl.store(sums_ptr + o, tl.sum(acc, 0), mask=o < O)
+    else:
+        tl.store(sums_ptr + b[:, None] * O + o[None, :], acc, mask=(b < B)[:, None] & (o < O)[None, :])
+
+
+@triton.jit
+def _add_parts_kernel(
+    sums_ptr,  # (parts, B, O) float32
+    bias_ptr,  # (O,)
+    y_ptr,  # (B, O)
+    size,
+    O,
+    parts,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, parts):
+        acc += tl.load(sums_ptr + tl.full((), part, tl.int64) * size + e, mask=e < size, other=0.0)
+    if BIAS:
+        acc += widen(tl.load(bias_ptr + e % O, mask=e < size, other=0.0))
+    tl.store(y_ptr + e, narrow(acc, y_ptr.dtype.element_ty), mask=e < size)
+
+
+@triton.jit
+def _rows_grad_input_kernel(
+    grad_y_ptr,  # (B, O)
+    x_ptr,  # (B, I)
+    rows_ptr,  # (I, stride)
+    lists_ptr,  # (parts, PART)
+    counts_ptr,  # (parts,)
+    grad_x_ptr,  # (B, I): zero before, if AT_NONZEROS
+    B,
+    I,
+    O,
+    stride,
+    AT_NONZEROS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program (tile of inputs, part): the gradient of BLOCK_K active inputs of the part, or of all, for every sample."""
+    part = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if AT_NONZEROS:
+        count = tl.load(counts_ptr + part)
+    else:
+        count = tl.minimum(I - part * PART, PART)
+    if tl.program_id(0) * BLOCK_K < count:
+        if AT_NONZEROS:
+            i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
+        else:
+            i = (part * PART + j).to(tl.int64)
+        b = tl.arange(0, BLOCK_B)
+        if BLOCK_B == 1:
+            partial = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        for start in range(0, O, BLOCK_O):
+            o = start + tl.arange(0, BLOCK_O)
+            mask = (j < count)[:, None] & (o < O)[None, :]
+            w = tl.load(rows_ptr + i[:, None] * stride + o[None, :], mask=mask, other=0.0)
+            if BLOCK_B == 1:
+                partial += widen(w) * widen(tl.load(grad_y_ptr + o, mask=o < O, other=0.0))[None, :]
+            else:
+                live = (b < B)[:, None] & (o < O)[None, :]
+                grad_y = tl.load(grad_y_ptr + b[:, None] * O + o[None, :], mask=live, other=0.0)
+                acc = dot(grad_y, tl.trans(w), acc)
+        if BLOCK_B == 1:
+            acc = tl.sum(partial, 1)[None, :]
+        at = b[:, None] * I + i[None, :]
+        keep = (b < B)[:, None] & (j < count)[None, :]
+        if AT_NONZEROS:
+            keep = keep & (widen(tl.load(x_ptr + at, mask=keep, other=0.0)) != 0)
+        tl.store(grad_x_ptr + at, narrow(acc, grad_x_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _rows_grad_weight_kernel(
+    grad_y_ptr,  # (B, O)
+    x_ptr,  # (B, I)
+    ccol_ptr,  # (I + 1,)
+    row_ptr,  # (blocks,)
+    grad_weight_ptr,  # (blocks, G)
+    B,
+    I,
+    O,
+    G: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program i: the gradient of input i's blocks. Gradients of samples without the input are not read."""
+    i = tl.program_id(0)
+    begin = tl.load(ccol_ptr + i)
+    values = (tl.load(ccol_ptr + i + 1) - begin) * G
+    grad_weight_ptr += begin.to(tl.int64) * G
+    for start in range(0, values, BLOCK):
+        e = start + tl.arange(0, BLOCK)
+        o = tl.load(row_ptr + begin + e // G, mask=e < values, other=0) * G + e % G
+        valid = (e < values) & (o < O)
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, B, BLOCK_B):
+            b = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+            x = widen(tl.load(x_ptr + b * I + i, mask=b < B, other=0.0))
+            live = (x != 0)[:, None] & valid[None, :]
+            grad_y = widen(tl.load(grad_y_ptr + b[:, None] * O + o[None, :], mask=live, other=0.0))
+            acc += tl.sum(grad_y * x[:, None], 0)
+        tl.store(grad_weight_ptr + e, narrow(acc, grad_weight_ptr.dtype.element_ty), mask=e < values)
+
+
+def densify_rows(weight, ccol_indices, row_indices, out_features, active_in: Tensor | None) -> Tensor:
+    """The weight as (I, stride), the first O of each row its outputs; only what `active_in` (B, I) needs is defined."""
+    I, G = len(ccol_indices) - 1, weight.shape[1]
+    stride = cdiv(out_features, G) * G
+    if weight.numel() == I * stride:  # every block exists, and they are ordered by input, then group
+        return weight.view(I, stride)
+    rows = torch.empty((I, stride), dtype=weight.dtype, device=weight.device)
+    x = weight if active_in is None else active_in
+    _densify_rows_kernel[(I,)](
+        weight,
+        ccol_indices,
+        row_indices,
+        x,
+        rows,
+        x.shape[0],
+        I,
+        stride,
+        G=G,
+        ONLY_ACTIVE=active_in is not None,
+        BLOCK_B=16,
+        BLOCK=512,
+        num_warps=4,
+    )
+    return rows
+
+
+def part_length(B: int, I: int, tiles: int, x: Tensor) -> int:
+    """How many inputs a program goes through: enough programs to fill the device, with at least 64 inputs each."""
+    programs = (8 if B == 1 else 4) * multiprocessors(x)
+    return next_power_of_2(min(max(cdiv(I, cdiv(programs, tiles)), 64), 2048))
+
+
+def active_inputs(x: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    B, I = x.shape
+    parts = cdiv(I, part)
+    lists = torch.empty((parts, part), dtype=torch.int32, device=x.device)
+    counts = torch.empty(parts, dtype=torch.int32, device=x.device)
+    block_b = min(next_power_of_2(B), max(1, 4096 // part))
+    _active_inputs_kernel[(parts,)](x, lists, counts, B, I, PART=part, BLOCK_B=block_b, num_warps=4)
+    return lists, counts
+
+
+def block_b(B: int) -> int:
+    """Rows of a tile: what tl.dot takes, or one."""
+    return 1 if B == 1 else max(16, next_power_of_2(B))
+
+
+def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int) -> Tensor:
+    B, I = x.shape
+    block_o = 128
+    tiles = cdiv(O, block_o)
+    part = part_length(B, I, tiles, x)
+    lists, counts = active_inputs(x, part)
+    parts = len(counts)
+    sums = torch.empty((parts, B, O), dtype=torch.float32, device=x.device)
+    _rows_forward_kernel[(tiles, parts)](
+        x,
+        rows,
+        lists,
+        counts,
+        sums,
+        B,
+        I,
+        O,
+        rows.shape[1],
+        PART=part,
+        BLOCK_B=block_b(B),
+        BLOCK_O=block_o,
+        BLOCK_K=16 if B == 1 else 32,
+        num_warps=4,
+    )
+    y = torch.empty((B, O), dtype=x.dtype, device=x.device)
+    _add_parts_kernel[(cdiv(B * O, 256),)](
+        sums, sums if bias is None else bias, y, B * O, O, parts, BIAS=bias is not None, BLOCK=256, num_warps=4
+    )
+    return y
+
+
+def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor, at_nonzeros: bool) -> Tensor:
+    B, I = x.shape
+    O = grad_y.shape[1]
+    part, block_k = 256, 16 if B == 1 else 32
+    parts = cdiv(I, part)
+    if at_nonzeros:
+        lists, counts = active_inputs(x, part)
+        grad_x = torch.zeros_like(x)
+    else:
+        lists = counts = grad_x = torch.empty_like(x)
+    _rows_grad_input_kernel[(part // block_k, parts)](
+        grad_y,
+        x,
+        rows,
+        lists,
+        counts,
+        grad_x,
+        B,
+        I,
+        O,
+        rows.shape[1],
+        AT_NONZEROS=at_nonzeros,
+        PART=part,
+        BLOCK_B=block_b(B),
+        BLOCK_O=128 if B == 1 else 64,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+    return grad_x
+
+
+def grad_weight(grad_y: Tensor, x: Tensor, ccol_indices: Tensor, row_indices: Tensor, group_size: int) -> Tensor:
+    B, I = x.shape
+    result = torch.empty((len(row_indices), group_size), dtype=x.dtype, device=x.device)
+    _rows_grad_weight_kernel[(I,)](
+        grad_y,
+        x,
+        ccol_indices,
+        row_indices,
+        result,
+        B,
+        I,
+        grad_y.shape[1],
+        G=group_size,
+        BLOCK_B=min(next_power_of_2(B), 16),
+        BLOCK=256,
+        num_warps=4,
+    )
+    return result

@@ -1,0 +1,82 @@
+"""The sparse linear layer on GPUs: which way is the fastest, by shapes alone, since no count of zeros reaches the host.
+
+- by rows (``sparse_linear_rows_triton.py``), small batches: each weight row that any sample needs is read once.
+- dense, by PyTorch's matrix product over the weight laid out densely: everything else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.ops import sparse_linear_reference as reference
+from sparsekern.ops import sparse_linear_rows_triton as by_rows
+from sparsekern.ops._triton import on_device
+
+# Up to here bytes are the limit of the dense product too; beyond, almost every weight row is needed by some sample.
+ROWS_B = 32
+
+
+def way(B: int) -> str:
+    """Which way is the fastest for a batch of B: "rows" or "dense"."""
+    return "rows" if B <= ROWS_B else "dense"
+
+
+def _plain(x: Tensor, weights: int) -> bool:
+    """What the plain PyTorch body serves: float64, and nothing to compute."""
+    return x.dtype == torch.float64 or x.numel() == 0 or weights == 0
+
+
+def sparse_linear(
+    x: Tensor,  # (B, I)
+    weight: Tensor,  # (blocks, G)
+    bias: Tensor | None,  # (O,)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    out_features: int,
+) -> Tensor:
+    if _plain(x, weight.numel()):
+        return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
+    with on_device(x):
+        chosen = way(len(x))
+        rows = by_rows.densify_rows(weight, ccol_indices, row_indices, out_features, x if chosen == "rows" else None)
+        if chosen == "rows":
+            return by_rows.forward(x, rows, bias, out_features)
+        dense = rows[:, :out_features]
+        return x @ dense if bias is None else torch.addmm(bias, x, dense)
+
+
+def sparse_linear_grad_input(
+    grad_y: Tensor,  # (B, O)
+    x: Tensor,  # (B, I)
+    weight: Tensor,  # (blocks, G)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    at_nonzeros: bool,
+) -> Tensor:
+    if _plain(x, weight.numel()) or grad_y.numel() == 0:
+        return reference.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, at_nonzeros)
+    O = grad_y.shape[1]
+    with on_device(x):
+        chosen = way(len(x))
+        active_in = x if chosen == "rows" and at_nonzeros else None
+        rows = by_rows.densify_rows(weight, ccol_indices, row_indices, O, active_in)
+        if chosen == "rows":
+            return by_rows.grad_input(grad_y, x, rows, at_nonzeros)
+        grad_x = grad_y @ rows[:, :O].t()
+        return grad_x.masked_fill_(x == 0, 0) if at_nonzeros else grad_x
+
+
+def sparse_linear_grad_weight(
+    grad_y: Tensor,  # (B, O)
+    x: Tensor,  # (B, I)
+    ccol_indices: Tensor,  # (I + 1,) int32
+    row_indices: Tensor,  # (blocks,) int32
+    group_size: int,
+) -> Tensor:
+    if _plain(x, len(row_indices)) or grad_y.numel() == 0:
+        return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
+    with on_device(x):
+        if way(len(x)) == "rows":
+            return by_rows.grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
+        return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)

@@ -1,0 +1,54 @@
+"""The sparse linear layer on GPUs: what test_triton_interpreter.py runs."""
+
+import pytest
+import torch
+
+import sparsekern as sk
+from oracle import sparse_randn
+from sparsekern.ops import sparse_linear_reference as reference
+from sparsekern.ops import sparse_linear_triton as body
+from tolerance import assert_sums_close
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_as_reference(B, I, O, G=1, density=0.4, dtype=torch.float32, active=0.3, bias=True):
+    """The forward and both gradients against the reference in float64."""
+    layer = sk.SparseLinear(I, O, density=density, group_size=G)
+    x, grad_y = sparse_randn(B, I, active=active, dtype=dtype), sparse_randn(B, O, active=0.5, dtype=dtype)
+    weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype) if bias else None
+    indices = layer.ccol_indices, layer.row_indices
+    functions = {
+        "y": lambda ops, c: ops.sparse_linear(c(x), c(weight), None if bias is None else c(bias), *indices, O),
+        "grad_x": lambda ops, c: ops.sparse_linear_grad_input(c(grad_y), c(x), c(weight), *indices, False),
+        "grad_x at non-zeros": lambda ops, c: ops.sparse_linear_grad_input(c(grad_y), c(x), c(weight), *indices, True),
+        "grad_weight": lambda ops, c: ops.sparse_linear_grad_weight(c(grad_y), c(x), *indices, G),
+    }
+    for name, function in functions.items():
+        got = function(body, lambda t: t)
+        exact, magnitude, terms = (
+            function(reference, change)
+            for change in (lambda t: t.double(), lambda t: t.double().abs(), lambda t: (t != 0).double())
+        )
+        what = f"{name}, {B} x {I} -> {O}, G={G} density={density} {dtype}"
+        assert got.dtype == dtype, what
+        assert_sums_close(got, exact, magnitude, terms, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [1, 3])
+def test_sparse_linear_of_small_batches(B, dtype):
+    assert_as_reference(B, 33, 50, dtype=dtype)
+    assert_as_reference(B, 70, 37, G=16, dtype=dtype, bias=False)
+    assert_as_reference(B, 16, 130, density=1.0, dtype=dtype)
+
+
+def test_sparse_linear_with_dense_and_empty_input():
+    for active in (0.0, 1.0):
+        assert_as_reference(2, 40, 20, active=active)
+    assert_as_reference(0, 8, 5)
+
+
+def test_sparse_linear_of_large_batches():
+    assert_as_reference(40, 33, 20, dtype=torch.float32)
+    assert_as_reference(40, 33, 20, G=16, density=0.3)
