@@ -121,3 +121,64 @@ def test_eval_mode(way):
     checkpointed.eval()
     twin = copy.deepcopy(checkpointed)
     assert_same(train(way, checkpointed), train(plain, twin))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_backwards_in_the_order_of_their_forwards(use_reentrant):
+    """As in a pipeline of micro-batches: the first forward is recomputed first."""
+    layer = sk.KWinners(24, 6, boost_strength=20.0)
+    twin = copy.deepcopy(layer)
+    inputs = torch.randn(4, 7, 24)
+
+    def gradients(run):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        for y in [run(x) for x in leaves]:
+            y.square().sum().backward()
+        return torch.stack([x.grad for x in leaves])
+
+    got = gradients(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant))
+    assert_same_bits(got, gradients(twin), "grad_x")
+    assert_same_bits(layer.duty_cycle, twin.duty_cycle, "duty_cycle")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_layer_used_twice_in_one_segment(use_reentrant):
+    """As in a recurrent network: each use has its own duty cycle."""
+    layer, linear = sk.KWinners(24, 6, boost_strength=20.0), nn.Linear(24, 24)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(7, 24, requires_grad=True)
+
+    def run(layer, x):
+        return layer(linear(layer(x)))
+
+    (wanted,) = torch.autograd.grad(run(twin, x).square().sum(), x)
+    checkpoint(run, layer, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert_same_bits(x.grad, wanted, "grad_x")
+    assert_same_bits(layer.duty_cycle, twin.duty_cycle, "duty_cycle")
+
+
+def test_equal_inputs_are_recomputed_last_first():
+    """Their forwards met different duty cycles, and backward undoes them in reverse."""
+    layer = sk.KWinners(24, 6, boost_strength=20.0)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(7, 24, requires_grad=True)
+    weights = torch.randn(3, 7, 24)
+
+    def loss(run):
+        return sum((run(x) * weight).sum() for weight in weights)
+
+    (wanted,) = torch.autograd.grad(loss(twin), x)
+    (got,) = torch.autograd.grad(loss(lambda x: checkpoint(layer, x, use_reentrant=False)), x)
+    assert_same_bits(got, wanted, "grad_x")
+
+
+def test_a_graph_that_is_kept_and_run_again():
+    layer = sk.KWinners(24, 6, boost_strength=20.0)
+    x = torch.randn(7, 24, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=False).square().sum()
+    later = checkpoint(layer, x * 2, use_reentrant=False).sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert_same_bits(second, first, "grad_x")
+    later.backward()
+    assert layer.samples_seen == 14

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sparsekern.ops import _check
 from sparsekern.ops.k_winners import k_winners2d_counted, k_winners_counted, update_duty_cycle_
 
-# Duty cycles that a checkpointed forward leaves for its recomputation, the last first. The bound only matters where
-# recomputations never come.
-_RECOMPUTATION_DEPTH = 64
+# How many forwards under activation checkpointing are remembered. The bound only matters where more of them than this wait
+# for their backward.
+_REMEMBERED_FORWARDS = 64
 
 
 def _recomputing() -> bool:
@@ -23,9 +23,48 @@ def _recomputing() -> bool:
 
 def _may_recompute() -> bool:
     """Whether this forward may be run again in the backward pass: under checkpointing, reentrant or not."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _fingerprint(x: Tensor) -> Tensor:
+    """A sum over the bits of x, int64 (): exact, so that the same numbers give it again in any layout."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.detach().view(integer).sum(dtype=torch.int64)
+
+
+class _Forwards:
+    """The duty cycles that checkpointed forwards have met, for their recomputations to meet again.
+
+    Recomputations may come in any order (several forwards before the first backward, a layer used twice in a segment,
+    a graph that is kept and run again), so each is recognised by its input. No value is read by the host, so that
+    nothing waits for a GPU.
+    """
+
+    def __init__(self):
+        self._inputs: deque[Tensor] = deque(maxlen=_REMEMBERED_FORWARDS)
+        self._duty_cycles: deque[Tensor] = deque(maxlen=_REMEMBERED_FORWARDS)
+        self._recomputed: deque[Tensor] = deque(maxlen=_REMEMBERED_FORWARDS)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def remember(self, x: Tensor, duty_cycle: Tensor) -> None:
+        key = _fingerprint(x)
+        self._inputs.append(key)
+        self._duty_cycles.append(duty_cycle.clone())
+        self._recomputed.append(torch.zeros_like(key))
+
+    def duty_cycle(self, x: Tensor) -> Tensor:
+        """That of the last forward on x, among those of equal inputs of the last that was not recomputed yet."""
+        n = len(self)
+        same, recomputed = torch.stack(list(self._inputs)) == _fingerprint(x), torch.stack(list(self._recomputed))
+        rank = same * (2 * n) + (1 - recomputed) * n + torch.arange(n, device=x.device)
+        last = rank.argmax()
+        recomputed[last] = 1
+        self._recomputed = deque(recomputed.unbind(), maxlen=_REMEMBERED_FORWARDS)
+        return torch.stack(list(self._duty_cycles)).index_select(0, last.view(1)).squeeze(0)
 
 
 class _KWinnersBase(nn.Module):
@@ -55,10 +94,11 @@ class _KWinnersBase(nn.Module):
         self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
         # A tensor, so that an epoch's new value neither recompiles a compiled model nor recaptures a graph.
         self.register_buffer("boost_strength", torch.tensor(float(boost_strength)))
-        self._before_recomputation: deque[Tensor] = deque(maxlen=_RECOMPUTATION_DEPTH)
+        self._forwards = _Forwards()
 
     def _apply(self, fn, recurse=True):
         """Moves as any module does, but the float32 buffers stay float32 under ``.half()`` and the like."""
+        self._forwards = _Forwards()
         exact = {name: getattr(self, name) for name in ("duty_cycle", "boost_strength")}
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -78,18 +118,20 @@ class _KWinnersBase(nn.Module):
         k = self.k if self.k is not None else max(1, round(self.density * n))
         return k if self.training else min(round(k * self.k_inference_factor), n)
 
-    def _boosting_duty_cycle(self) -> Tensor:
-        """The duty cycle to boost by: that of the first forward where this one recomputes it."""
-        if self.training and self._before_recomputation and _recomputing():
-            return self._before_recomputation.pop()
-        return self._buffers["duty_cycle"]  # attributes of a module take ten times as long
+    def _boosting_duty_cycle(self, x: Tensor) -> Tensor:
+        """The duty cycle to boost x by: that of the first forward where this one recomputes it."""
+        if not self.training:
+            return self.duty_cycle
+        if _recomputing():
+            return self._forwards.duty_cycle(x) if len(self._forwards) else self.duty_cycle
+        if _may_recompute():
+            self._forwards.remember(x, self.duty_cycle)
+        return self.duty_cycle
 
     def _update_duty_cycle(self, counts: Tensor, rows_per_sample: int, locations: int) -> None:
         """Equation 6, by the counts of the whole global batch; once a step under activation checkpointing."""
         if _recomputing():
             return
-        if _may_recompute():
-            self._before_recomputation.append(self._buffers["duty_cycle"].clone())
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(counts)
@@ -168,7 +210,7 @@ class KWinners(_KWinnersBase):
             raise ValueError(f"KWinners: wants x of shape (..., {self.n}), got {tuple(x.shape)}")
         if self.k == self.n:
             return torch.relu(x)
-        y, counts = k_winners_counted(x, self._k(self.n), self._boosting_duty_cycle(), self._buffers["boost_strength"])
+        y, counts = k_winners_counted(x, self._k(self.n), self._boosting_duty_cycle(x), self._buffers["boost_strength"])
         if self.training:
             self._update_duty_cycle(counts, 1, 1)
         return y
@@ -237,7 +279,7 @@ class KWinners2d(_KWinnersBase):
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
         self._units = n
         y, counts = k_winners2d_counted(
-            x, self._k(n), self._boosting_duty_cycle(), self._buffers["boost_strength"], self.local
+            x, self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"], self.local
         )
         if self.training and locations > 0:
             self._update_duty_cycle(counts, locations if self.local else 1, locations)
