@@ -9,7 +9,7 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from report import DENSE, ENVIRONMENT, OTHERS, Result, caption, cells, over, read_csv
@@ -44,7 +44,7 @@ for case in ("linear 1600->1000 d=0.4, dense input", "conv 64->64 5x5 on 14x14, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the tables; with --check, 1 where one is out of step with the results."""
+    """Writes the tables and names the targets that are missed; with --check, 1 where a table is out of step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a table is out of step")
     check = parser.parse_args(argv).check
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(document)
             if not check:
                 path.write_text(new)
+    if not check:
+        print("\n".join(missed()) or "every target is reached")
     if stale:
         print(f"{'out of step with benchmarks/results' if check else 'written'}: {', '.join(stale)}")
     return 1 if check and stale else 0
@@ -115,6 +117,18 @@ def performance_tables() -> dict[str, str]:
         "never_slower": never_slower_table(),
         "roofline": roofline_table(),
     }
+
+
+def missed() -> Iterator[str]:
+    """A line for each target that is not reached."""
+    for results, where in comparisons():
+        for result in results:
+            for role, target in TARGETS.get((result.case, result.work, result.batch), {}).items():
+                if role in result.roles() and result.speedup(role) < target:
+                    yield (
+                        f"{where['threads']} threads, {result.case}, {result.work}, B={result.batch}: "
+                        f"{result.speedup(role):.2f}x over {role}, target {target:g}x"
+                    )
 
 
 def comparison_table(results: list[Result]) -> str:

@@ -42,6 +42,12 @@ def test_tables_of_the_results(measured):
     assert table.count("\n") > 2 * len(measured)
 
 
+def test_missed_targets_are_named(measured):
+    missed = list(tables.missed())
+    assert "1 threads, speech sparseCNN2 G=1, inference, B=1: 3.00x over dense, target 4x" in missed
+    assert not any("training step" in line for line in missed)
+
+
 def test_check_finds_a_stale_document(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
