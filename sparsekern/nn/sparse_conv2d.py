@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports
 from sparsekern.ops import _check
-from sparsekern.ops.sparse_conv2d import pair, sparse_conv2d
+from sparsekern.ops.sparse_conv2d import pair, sparse_conv2d_prepared
 
 
 class SparseConv2d(nn.Module):
@@ -90,7 +90,7 @@ class SparseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.mask is None else self.weight * self.mask
-        return sparse_conv2d(x, weight, self.bias, self.stride, self.padding, sparse_input_grad=self.sparse_input_grad)
+        return sparse_conv2d_prepared(x, weight, self.bias, self.stride, self.padding, self.sparse_input_grad)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Conv2d:

@@ -48,7 +48,7 @@ define(
 class SparseConv2dFunction(Function):
     @staticmethod
     def forward(x, weight, bias, stride, padding, sparse_input_grad):
-        return torch.ops.sparsekern.sparse_conv2d(x, weight, bias, stride, padding)
+        return torch.ops.sparsekern.sparse_conv2d.default(x, weight, bias, stride, padding)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -142,13 +142,43 @@ def sparse_conv2d(
     """
     stride = pair("sparse_conv2d", "stride", stride, 1)
     padding = pair("sparse_conv2d", "padding", padding, 0)
+    return sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad)
+
+
+def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
+    """``sparse_conv2d`` with stride and padding as checked pairs."""
+    if _is_plain(x, weight, bias, padding):
+        return _sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad)
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
     batch, weight = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0)), _plain_strides(weight)
+    y = _sparse_conv2d_images(batch, weight, bias, stride, padding, sparse_input_grad)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _is_plain(x, weight, bias, padding) -> bool:
+    """Whether nothing is to be refused, cast or copied: one look, since the close ones cost as much as a small layer."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_cpu and weight.is_cpu):
+        return False
+    dtype = x.dtype
+    if x.dim() != 4 or weight.dim() != 4 or dtype is not weight.dtype or dtype not in _check.DTYPES:
+        return False
+    _, channels, height, width = x.shape
+    filters, in_channels, kernel_height, kernel_width = weight.shape
+    return (
+        channels == in_channels
+        and channels > 1  # _plain_strides looks at single channels
+        and height + 2 * padding[0] >= kernel_height > 0
+        and width + 2 * padding[1] >= kernel_width > 0
+        and (bias is None or (bias.is_cpu and bias.dtype is dtype and bias.shape == (filters,)))
+        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseConv2dFunction.apply(batch, weight, bias, stride, padding, sparse_input_grad)
-    else:
-        y = torch.ops.sparsekern.sparse_conv2d(batch, weight, bias, stride, padding)
-    return y if x.dim() == 4 else y.squeeze(0)
+        return SparseConv2dFunction.apply(x, weight, bias, stride, padding, sparse_input_grad)
+    return torch.ops.sparsekern.sparse_conv2d.default(x, weight, bias, stride, padding)
