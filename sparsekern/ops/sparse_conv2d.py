@@ -160,6 +160,8 @@ def _is_plain(x, weight, bias, padding) -> bool:
     """Whether nothing is to be refused, cast or copied: one look, since the close ones cost as much as a small layer."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_cpu and weight.is_cpu):
         return False
+    if bias is not None and not (isinstance(bias, Tensor) and bias.is_cpu and bias.dtype is x.dtype):
+        return False
     dtype = x.dtype
     if x.dim() != 4 or weight.dim() != 4 or dtype is not weight.dtype or dtype not in _check.DTYPES:
         return False
@@ -170,7 +172,7 @@ def _is_plain(x, weight, bias, padding) -> bool:
         and channels > 1  # _plain_strides looks at single channels
         and height + 2 * padding[0] >= kernel_height > 0
         and width + 2 * padding[1] >= kernel_width > 0
-        and (bias is None or (bias.is_cpu and bias.dtype is dtype and bias.shape == (filters,)))
+        and (bias is None or bias.shape == (filters,))
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
         and not torch.is_autocast_enabled("cpu")
     )
