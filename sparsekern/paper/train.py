@@ -135,12 +135,12 @@ def train_with_bar(run: Run, console: Console) -> list[dict]:
         task = bar.add_task(f"epoch {run.epoch + 1}", total=None)
         due = 0.0
 
-        def progress(epoch: int, step: int, steps: int) -> None:
+        def progress(what: str, done: int, of: int) -> None:
             nonlocal due
             now = time.monotonic()
-            if now >= due or step == steps:
+            if now >= due or done == of:
                 due = now + PROGRESS_SECONDS
-                bar.update(task, description=f"epoch {epoch + 1}", completed=step, total=steps)
+                bar.update(task, description=what, completed=done, total=of)
 
         return run.train(run.network.epochs, progress)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,11 +113,11 @@ class Run:
         distributed.barrier()  # no rank writes while another one still reads
         self._write_log()
 
-    def train(self, epochs: int, progress=lambda epoch, step, steps: None) -> list[dict]:
+    def train(self, epochs: int, progress=lambda what, done, of: None) -> list[dict]:
         """Trains until that many epochs are done in all; returns the history, an entry an epoch."""
         while self.epoch < epochs:
             self._train_epoch(progress)
-            self.history.append(self._entry())
+            self.history.append(self._entry(progress))
             sk.step_boost_strength(self.model)
             self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
             self.loss_sum.zero_()
@@ -142,7 +143,7 @@ class Run:
         while self.step < len(batches):
             self._train_step(batches[self.step])
             self.step += 1
-            progress(self.epoch, self.step, len(batches))
+            progress(f"epoch {self.epoch + 1}", self.step, len(batches))
             if self.checkpoint_every and self.step % self.checkpoint_every == 0:
                 self.seconds = time.perf_counter() - started
                 self._save()
@@ -167,9 +168,9 @@ class Run:
         order = torch.randperm(len(self.data), generator=generator).to(self.device)
         return order.split(self.network.first if self.epoch == 0 else self.network.batch)
 
-    def _entry(self) -> dict:
+    def _entry(self, progress) -> dict:
         started = time.perf_counter()
-        correct = correct_by_noise_level(self.model, self.data)
+        correct = correct_by_noise_level(self.model, self.data, partial(progress, f"test {self.epoch + 1}"))
         samples = len(self.data.test_labels)
         chosen_by = {}
         if hasattr(self.data, "validation_batches"):
