@@ -35,6 +35,7 @@ def cmake_arguments(output_folder):
         f"-DSPARSEKERN_TORCH_INCLUDE={torch / 'include'}",
         f"-DSPARSEKERN_TORCH_LIBRARY={torch / 'lib'}",
         f"-DSPARSEKERN_MODULE_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+        *os.environ.get("CMAKE_ARGS", "").split(),
     ]
 
 
