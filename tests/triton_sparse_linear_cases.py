@@ -39,8 +39,14 @@ def assert_as_reference(B, I, O, G=1, density=0.4, dtype=torch.float32, active=0
 @pytest.mark.parametrize("B", [1, 3])
 def test_sparse_linear_of_small_batches(B, dtype):
     assert_as_reference(B, 33, 50, dtype=dtype)
-    assert_as_reference(B, 70, 37, G=16, dtype=dtype, bias=False)
+    assert_as_reference(B, 70, 37, G=16, density=0.8, dtype=dtype, bias=False)
     assert_as_reference(B, 16, 130, density=1.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_linear_of_groups(dtype):
+    assert_as_reference(3, 70, 37, G=16, density=0.2, dtype=dtype)
+    assert_as_reference(37, 33, 50, G=24, density=0.1, dtype=dtype, bias=False)
 
 
 def test_sparse_linear_with_dense_and_empty_input():
@@ -51,4 +57,4 @@ def test_sparse_linear_with_dense_and_empty_input():
 
 def test_sparse_linear_of_large_batches():
     assert_as_reference(40, 33, 20, dtype=torch.float32)
-    assert_as_reference(40, 33, 20, G=16, density=0.3)
+    assert_as_reference(40, 33, 20, G=16, density=0.7)

@@ -1,6 +1,7 @@
 """The sparse linear layer on GPUs: which way is the fastest, by shapes alone, since no count of zeros reaches the host.
 
 - by rows (``sparse_linear_rows_triton.py``), small batches: each weight row that any sample needs is read once.
+- by groups (``sparse_linear_groups_triton.py``), forward: each group's inputs gathered into dense tiles.
 - dense, by PyTorch's matrix product over the weight laid out densely: everything else.
 """
 
@@ -9,17 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops import sparse_linear_groups_triton as by_groups
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops import sparse_linear_rows_triton as by_rows
-from sparsekern.ops._triton import on_device
+from sparsekern.ops._triton import cdiv, on_device
 
 # Up to here bytes are the limit of the dense product too; beyond, almost every weight row is needed by some sample.
 ROWS_B = 32
 
 
+# A group's tile is as wide as the group, and the tensor cores want at least 16.
+GROUPS_G = 16
+# Up to which density gathered tiles beat the dense product: it runs nearer to the peak, the more so in 16 bits.
+GROUPS_DENSITY = {torch.float32: 0.5, torch.bfloat16: 0.25, torch.float16: 0.25}
+
+
 def way(B: int) -> str:
     """Which way is the fastest for a batch of B: "rows" or "dense"."""
     return "rows" if B <= ROWS_B else "dense"
+
+
+def forward_way(B: int, I: int, blocks: int, group_size: int, out_features: int, dtype: torch.dtype) -> str:
+    """The same for the forward: "rows", "groups" or "dense"."""
+    density = blocks / (I * cdiv(out_features, group_size))
+    if group_size >= GROUPS_G and density <= GROUPS_DENSITY[dtype]:
+        return "groups"
+    return way(B)
 
 
 def _plain(x: Tensor, weights: int) -> bool:
@@ -38,7 +54,9 @@ def sparse_linear(
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
     with on_device(x):
-        chosen = way(len(x))
+        chosen = forward_way(*x.shape, *weight.shape, out_features, x.dtype)
+        if chosen == "groups":
+            return by_groups.forward(x, weight, bias, ccol_indices, row_indices, out_features)
         rows = by_rows.densify_rows(weight, ccol_indices, row_indices, out_features, x if chosen == "rows" else None)
         if chosen == "rows":
             return by_rows.forward(x, rows, bias, out_features)
