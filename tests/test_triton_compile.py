@@ -58,6 +58,8 @@ CASES = {
     "linear 3 x 1600 -> 1001 bfloat16": lambda: sparse_linear(3, 1600, 1001, BF16),
     "linear 32 x 1600 -> 1000": lambda: sparse_linear(32, 1600, 1000, F32),
     "linear 1 x 14336 -> 4096 bfloat16, d=1": lambda: sparse_linear(1, 14336, 4096, BF16, density=1.0),
+    "linear 4096 x 131072 -> 4096 bfloat16, d=1": lambda: sparse_linear(4096, 131072, 4096, BF16, density=1.0),
+    "linear 4096 x 16384 -> 777, d=1": lambda: sparse_linear(4096, 16384, 777, F32, density=1.0),
     "linear 16 x 1600 -> 1500, G=16": lambda: sparse_linear(16, 1600, 1500, F32, 16, 0.1),
     "linear 64 x 1600 -> 1000 bfloat16, G=24": lambda: sparse_linear(64, 1600, 1000, BF16, 24, 0.2),
     "linear 1024 x 4096 -> 16384, G=64": lambda: sparse_linear(1024, 4096, 16384, F32, 64, 0.1),

@@ -49,6 +49,15 @@ def test_sparse_linear_of_groups(dtype):
     assert_as_reference(37, 33, 50, G=24, density=0.1, dtype=dtype, bias=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("active", [0.01, 0.5])
+def test_sparse_linear_of_dictionaries(active, dtype, monkeypatch):
+    """Lists that hold the active inputs, and lists that overflow: the dense product must take over."""
+    monkeypatch.setattr(body, "DICTIONARY_I", 64)
+    monkeypatch.setattr(body.by_gathers, "INPUTS_AN_ACTIVE_ONE", dict.fromkeys(DTYPES, 8))
+    assert_as_reference(35, 70, 5, density=1.0, dtype=dtype, active=active)
+
+
 def test_sparse_linear_with_dense_and_empty_input():
     for active in (0.0, 1.0):
         assert_as_reference(2, 40, 20, active=active)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sparsekern.ops._triton import cdiv, dot, narrow, next_power_of_2, widen
 
-BLOCK_K = 32
+
+def tile_config(B: int, dtype: torch.dtype) -> dict:
+    """Tiles of float32 do without the tensor cores. Of five stages the pipeliner takes two for the lists, which leaves
+    three buffers for what they point to."""
+    block_b = min(max(next_power_of_2(B), 16), 128)
+    if dtype == torch.float32:
+        return {"BLOCK_B": block_b, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_B": block_b, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5}
 
 
 @triton.jit
@@ -113,9 +120,7 @@ def group_lists(ccol_indices: Tensor, row_indices: Tensor, groups: int) -> tuple
     inputs = torch.empty_like(table)
     counts = torch.empty(groups, dtype=torch.int32, device=table.device)
     _block_table_kernel[(I,)](ccol_indices, row_indices, table, I, BLOCK=128, num_warps=1)
-    _group_lists_kernel[(groups,)](
-        table, inputs, counts, I, BLOCK=min(next_power_of_2(max(I, 128)), 2048), num_warps=4
-    )
+    _group_lists_kernel[(groups,)](table, inputs, counts, I, BLOCK=min(next_power_of_2(max(I, 128)), 2048), num_warps=4)
     return inputs, table, counts
 
 
@@ -132,8 +137,8 @@ def forward(
     groups = cdiv(out_features, G)
     inputs, blocks, counts = group_lists(ccol_indices, row_indices, groups)
     y = torch.empty((B, out_features), dtype=x.dtype, device=x.device)
-    block_b = min(max(next_power_of_2(B), 16), 128)
-    _groups_forward_kernel[(cdiv(B, block_b), groups)](
+    config = tile_config(B, x.dtype)
+    _groups_forward_kernel[(cdiv(B, config["BLOCK_B"]), groups)](
         x.t().contiguous(),
         weight,
         y if bias is None else bias,
@@ -147,10 +152,7 @@ def forward(
         G=G,
         BIAS=bias is not None,
         SKIP=B <= 32,
-        BLOCK_B=block_b,
         BLOCK_G=max(16, next_power_of_2(G)),
-        BLOCK_K=BLOCK_K,
-        num_warps=4,
-        num_stages=3,
+        **config,
     )
     return y

@@ -2,6 +2,7 @@
 
 - by rows (``sparse_linear_rows_triton.py``), small batches: each weight row that any sample needs is read once.
 - by groups (``sparse_linear_groups_triton.py``), forward: each group's inputs gathered into dense tiles.
+- by gathers (``sparse_linear_dictionary_triton.py``), a dense weight of very many inputs: rows of active inputs only.
 - dense, by PyTorch's matrix product over the weight laid out densely: everything else.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops import sparse_linear_dictionary_triton as by_gathers
 from sparsekern.ops import sparse_linear_groups_triton as by_groups
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops import sparse_linear_rows_triton as by_rows
@@ -25,17 +27,25 @@ GROUPS_G = 16
 GROUPS_DENSITY = {torch.float32: 0.5, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 
-def way(B: int) -> str:
-    """Which way is the fastest for a batch of B: "rows" or "dense"."""
-    return "rows" if B <= ROWS_B else "dense"
+# A dictionary: far more inputs than outputs, of which a sample has a few. Nothing else is worth a list for each sample.
+DICTIONARY_I = 16384
+DICTIONARY_RATIO = 8
 
 
-def forward_way(B: int, I: int, blocks: int, group_size: int, out_features: int, dtype: torch.dtype) -> str:
-    """The same for the forward: "rows", "groups" or "dense"."""
-    density = blocks / (I * cdiv(out_features, group_size))
+def way(B: int, I: int, O: int, blocks: int, group_size: int) -> str:
+    """Which way is the fastest, for gradients too: "rows", "gathers" or "dense"."""
+    if B <= ROWS_B:
+        return "rows"
+    whole = blocks * group_size == I * O
+    return "gathers" if whole and I >= max(DICTIONARY_I, DICTIONARY_RATIO * O) else "dense"
+
+
+def forward_way(B: int, I: int, O: int, blocks: int, group_size: int, dtype: torch.dtype) -> str:
+    """The same for the forward, where "groups" is one more."""
+    density = blocks / (I * cdiv(O, group_size))
     if group_size >= GROUPS_G and density <= GROUPS_DENSITY[dtype]:
         return "groups"
-    return way(B)
+    return way(B, I, O, blocks, group_size)
 
 
 def _plain(x: Tensor, weights: int) -> bool:
@@ -54,12 +64,14 @@ def sparse_linear(
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
     with on_device(x):
-        chosen = forward_way(*x.shape, *weight.shape, out_features, x.dtype)
+        chosen = forward_way(*x.shape, out_features, *weight.shape, x.dtype)
         if chosen == "groups":
             return by_groups.forward(x, weight, bias, ccol_indices, row_indices, out_features)
         rows = by_rows.densify_rows(weight, ccol_indices, row_indices, out_features, x if chosen == "rows" else None)
         if chosen == "rows":
             return by_rows.forward(x, rows, bias, out_features)
+        if chosen == "gathers":
+            return by_gathers.forward(x, rows, bias)
         dense = rows[:, :out_features]
         return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
@@ -76,11 +88,13 @@ def sparse_linear_grad_input(
         return reference.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, at_nonzeros)
     O = grad_y.shape[1]
     with on_device(x):
-        chosen = way(len(x))
+        chosen = way(*x.shape, O, *weight.shape)
         active_in = x if chosen == "rows" and at_nonzeros else None
         rows = by_rows.densify_rows(weight, ccol_indices, row_indices, O, active_in)
         if chosen == "rows":
             return by_rows.grad_input(grad_y, x, rows, at_nonzeros)
+        if chosen == "gathers" and at_nonzeros:
+            return by_gathers.grad_input(grad_y, x, rows)
         grad_x = grad_y @ rows[:, :O].t()
         return grad_x.masked_fill_(x == 0, 0) if at_nonzeros else grad_x
 
@@ -95,6 +109,9 @@ def sparse_linear_grad_weight(
     if _plain(x, len(row_indices)) or grad_y.numel() == 0:
         return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
     with on_device(x):
-        if way(len(x)) == "rows":
+        chosen = way(*x.shape, grad_y.shape[1], len(row_indices), group_size)
+        if chosen == "rows":
             return by_rows.grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
+        if chosen == "gathers":
+            return by_gathers.grad_weight(grad_y, x).view(-1, group_size)
         return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
