@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     results, wrong = [], []
     others = OTHERS if options.dtype == torch.float32 else tuple(role for role in OTHERS if role != "bf16")
     with progress(cases) as shown:
-        for line in table_lines(keep(results, run(shown, options, arguments.full, wrong)), others):
+        for line in table_lines(run(shown, options, arguments.full, results, wrong), others):
             print(line, flush=True)
     for message in wrong:
         print(f"WRONG RESULT, not timed: {message}", file=sys.stderr)
@@ -57,13 +57,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def forms(options: Options) -> str:
     return "as written, channels-last and compiled" if options.compiled else "as written and channels-last"
-
-
-def keep(kept: list, items: Iterable) -> Iterator:
-    """The items, each put into a list as it passes."""
-    for item in items:
-        kept.append(item)
-        yield item
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -98,13 +91,17 @@ def all_cases() -> list[Case]:
     return [*network_cases(), *layer_cases()]
 
 
-def run(cases: Iterable[Case], options: Options, full: bool, wrong: list[str]) -> Iterator[Result]:
-    """Checks and then times each case; a wrong one is not timed, but put down with what was wrong."""
+def run(
+    cases: Iterable[Case], options: Options, full: bool, results: list[Result], wrong: list[str]
+) -> Iterator[Result]:
+    """Checks and then times each case, and keeps and yields its result; of a wrong one it keeps what was wrong."""
     for case in cases:
         try:
-            yield run_case(case, options, SECONDS["full" if full else "quick"])
+            results.append(run_case(case, options, SECONDS["full" if full else "quick"]))
         except WrongResult as error:
             wrong.append(f"{case}: {error}")
+        else:
+            yield results[-1]
 
 
 def run_case(case: Case, options: Options, seconds: float) -> Result:

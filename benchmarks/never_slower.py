@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import itertools
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 def resumed(path: Path | None) -> tuple[list[dict], contextlib.AbstractContextManager]:
     """The rows that a file has already, and the file, open at its end."""
     if path is None:
-        return [], open("/dev/null", "w")
+        return [], open(os.devnull, "w")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     if path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
+import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.ops import _library
+from sparsekern.paper.results import processor
 from timing import Timing
 
 OURS, DENSE = "sparsekern", "dense"
@@ -111,7 +112,7 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, str]:
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
-        "hardware": _processor() if cpu else torch.cuda.get_device_name(device),
+        "hardware": f"{processor()}, {os.cpu_count()} CPUs" if cpu else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "sparsekern": sk.__version__,
         "kernels": "plain PyTorch" if C is None or not cpu else C.instruction_set(),
@@ -119,15 +120,6 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, str]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -14,6 +14,7 @@ times that a kernel cannot beat, of which the longest is its bound:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import os
@@ -86,13 +87,17 @@ def measured_peaks() -> dict[str, float]:
 
 def levels() -> dict[str, int]:
     """Bytes of the buffer that stands for each level: half of a cache's size."""
-    sizes = {level: int(_getconf(f"LEVEL{level[1]}_{kind}CACHE_SIZE")) for level, kind in (("L1", "D"), ("L2", ""))}
+    sizes = {level: _getconf(f"LEVEL{level[1]}_{kind}CACHE_SIZE") for level, kind in (("L1", "D"), ("L2", ""))}
     return {"L1": sizes["L1"] // 2, "L2": sizes["L2"] // 2, "beyond": 16 * max(sizes["L2"], MIB)}
 
 
-def _getconf(name: str) -> str:
-    answer = subprocess.run(["getconf", name], capture_output=True, text=True).stdout.strip()
-    return answer if answer.isdecimal() and int(answer) else {"1": 32 * KIB, "2": MIB}[name[5]]
+def _getconf(name: str) -> int:
+    """What the system says of a cache, and common sizes where it says nothing."""
+    with contextlib.suppress(OSError):
+        answer = subprocess.run(["getconf", name], capture_output=True, text=True).stdout.strip()
+        if answer.isdecimal() and int(answer):
+            return int(answer)
+    return {"1": 32 * KIB, "2": MIB}[name[5]]
 
 
 def _read_rate(library, size: int) -> float:

@@ -106,7 +106,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
 
 def test_full_has_the_compiled_rivals(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    (result,) = compare_dense.run(tiny[:1], Options(compiled=True), True, [])
+    (result,) = compare_dense.run(tiny[:1], Options(compiled=True), True, [], [])
     assert {(DENSE, "F.linear compiled"), ("bf16", "F.linear bf16 compiled")} <= set(result.timings)
 
 
