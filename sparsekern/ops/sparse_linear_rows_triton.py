@@ -101,10 +101,7 @@ def _rows_forward_kernel(
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     b = tl.arange(0, BLOCK_B)
     count = tl.load(counts_ptr + part)
-    if BLOCK_B == 1:
-        acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32) if BLOCK_B == 1 else tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
     for start in range(0, count, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
@@ -165,10 +162,7 @@ def _rows_grad_input_kernel(
     """Program (tile of inputs, part): the gradient of BLOCK_K active inputs of the part, or of all, for every sample."""
     part = tl.program_id(1)
     j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if AT_NONZEROS:
-        count = tl.load(counts_ptr + part)
-    else:
-        count = tl.minimum(I - part * PART, PART)
+    count = tl.load(counts_ptr + part) if AT_NONZEROS else tl.minimum(I - part * PART, PART)
     if tl.program_id(0) * BLOCK_K < count:
         if AT_NONZEROS:
             i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
