@@ -1,5 +1,8 @@
 #include "sparse_linear.h"
 
+#include <array>
+
+#include "sparse_linear_ways.h"
 #include "tensor.h"
 
 namespace sparsekern {
@@ -53,6 +56,61 @@ template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body&
   });
 }
 
+// Whether the dense way is the faster one. Counts the non-zeros of t, what the sparse way would skip zeros of, only where
+// they decide; null where it skips none.
+bool choose_dense(LinearWork work, const Tensor* t) {
+  if (work.B == 0 || work.blocks == 0) return false;
+  work.active = 1;
+  if (t == nullptr || !dense_pays(work)) return dense_pays(work);
+  const int64_t count = kernels().count(work.dtype, t->const_data_ptr(), t->numel()) & (kNotFinite - 1);
+  work.active = double(count) / double(t->numel());
+  return dense_pays(work);
+}
+
+// The weights as a dense (I, O) matrix: themselves where all of them exist.
+Tensor dense_weight(const LinearWork& work, const Tensor& weight) {
+  const LinearSupport& w = work.support;
+  const int64_t stride = (w.outputs + w.group - 1) / w.group * w.group;
+  if (work.full())
+    return torch::stable::from_blob(const_cast<void*>(weight.const_data_ptr()), {w.inputs, w.outputs}, {stride, 1},
+                                    weight.device(), weight.scalar_type());
+  Tensor dense = torch::stable::new_empty(weight, {w.inputs, w.outputs});
+  torch::stable::parallel_for(0, w.inputs, 64, [&](int64_t begin, int64_t end) {
+    kernels().expand(work.dtype, w, weight.const_data_ptr(), dense.mutable_data_ptr(), begin, end);
+  });
+  return dense;
+}
+
+Tensor transpose(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+// x W^T + bias for a weight (O, I).
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                        bool at_nonzeros) {
+  Tensor grad_x = torch::stable::matmul(grad_y, transpose(dense_weight(work, weight)));
+  if (at_nonzeros) {
+    const int64_t size = int64_t(x.element_size());
+    torch::stable::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+      kernels().clear_at_zeros(work.dtype, (const char*)x.const_data_ptr() + begin * size,
+                               (char*)grad_x.mutable_data_ptr() + begin * size, end - begin);
+    });
+  }
+  return grad_x;
+}
+
+void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, Tensor& grad_weight) {
+  const Tensor dense = torch::stable::matmul(transpose(x), grad_y);
+  torch::stable::parallel_for(0, work.support.inputs, 64, [&](int64_t begin, int64_t end) {
+    kernels().collect(work.dtype, work.support, dense.const_data_ptr(), grad_weight.mutable_data_ptr(), begin, end);
+  });
+}
+
 Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                      const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features,
                      const std::optional<Tensor>& support_bits) {
@@ -64,9 +122,11 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   if (bias_) STD_TORCH_CHECK(bias_->scalar_type() == x_.scalar_type(), "sparse_linear: wants bias in the dtype of x");
   if (bias_) bias = unstrided(*bias_);
   const int64_t B = x.size(0);
-  Tensor y = torch::stable::new_empty(x, {B, out_features});
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
-  if (B >= 8 && weight.size(1) % 16 != 0) {
+  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), 1};
+  if (choose_dense(work, &x)) return dense_linear(x, transpose(dense_weight(work, weight)), bias);
+  Tensor y = torch::stable::new_empty(x, {B, out_features});
+  if (work.by_panels()) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
                                bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), begin, end, first, last);
@@ -89,9 +149,12 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const Tensor weight = unstrided(weight_);
   const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0);
-  Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1));
-  if (B >= 8 && weight.size(1) % 16 != 0) {
+  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), 1};
+  if (choose_dense(work, work.by_panels() ? &grad_y : at_nonzeros ? &x : nullptr))
+    return dense_grad_input(work, grad_y, x, weight, at_nonzeros);
+  Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
+  if (work.by_panels()) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_panels(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
                                   grad_x.mutable_data_ptr(), at_nonzeros, begin, end, first, last);
@@ -115,7 +178,12 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
-  if (B >= 8 && group_size % 16 != 0) {
+  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), 1};
+  if (choose_dense(work, &x)) {
+    dense_grad_weight(work, grad_y, x, grad_weight);
+    return grad_weight;
+  }
+  if (work.by_panels()) {
     int64_t bytes;
     const int64_t tiles = kernels().tiles(dtype, B, w.outputs, &bytes);
     void* memory = scratch(7, size_t(bytes));

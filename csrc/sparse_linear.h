@@ -39,8 +39,11 @@ struct SparseLinearKernels {
                              int64_t begin, int64_t end);
   // Non-zeros among n elements; adds 1 << 62 if any of them is infinite or NaN.
   int64_t (*count)(DType, const void* x, int64_t n);
-  // Lays the weights of inputs [begin, end) out as rows of a dense (I, O) matrix.
+  // Lays the weights of inputs [begin, end) out as rows of a dense (I, O) matrix; the way back.
   void (*expand)(DType, const LinearSupport&, const void* weight, void* dense, int64_t begin, int64_t end);
+  void (*collect)(DType, const LinearSupport&, const void* dense, void* weight, int64_t begin, int64_t end);
+  // Clears each of n elements of grad where x is zero.
+  void (*clear_at_zeros)(DType, const void* x, void* grad, int64_t n);
 };
 constexpr int64_t kLinearPanel = 64;
 constexpr int64_t kNotFinite = int64_t(1) << 62;
