@@ -1,6 +1,7 @@
 """Drives CMake and Ninja, the one recipe for ``csrc/`` (CMakeLists.txt); everything else is in pyproject.toml."""
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ def cmake_arguments(output_folder):
     torch = torch_folder()
     return [
         "-GNinja",
+        "-DSPARSEKERN_TESTS=OFF",
         f"-DCMAKE_BUILD_TYPE={os.environ.get('SPARSEKERN_BUILD_TYPE', 'Release')}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_folder}",
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -48,7 +50,7 @@ class CMakeBuild(build_ext):
             self.announce(
                 "sparsekern: no C++ compiler found (install g++ or clang++, or set CXX): installing without the CPU "
                 "kernels; layers will run their plain PyTorch reference bodies, correct but slow.",
-                level=4,
+                level=logging.WARNING,
             )
             return
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
