@@ -82,7 +82,7 @@ def _prepare_linear(name: str, group_size: int, batch: int, training: bool, opti
 
 def _prepare_conv(name: str, batch: int, training: bool, options: Options) -> Prepared:
     model, xs = _inputs(name, "conv2", batch, options)
-    following = nn.Sequential(model.pool2, model.winners2)
+    following = model.winners2
     pool = [(x, _gradient(model.conv2, following, x) if training else None) for x in xs]
     return prepare(_conv_implementations(model.conv2, options), model.conv2, pool, training)
 

@@ -10,44 +10,86 @@ namespace {
 
 constexpr int64_t kParallelWork = 32768; // units a thread: below, starting threads costs more than it saves
 
+// The factors of Algorithm 1 in the calling thread's scratch; null where nothing is boosted.
+const float* boost_factors(const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
+                           int64_t k, int64_t n, int64_t channels, int64_t inner) {
+  const float strength = boost_strength ? *static_cast<const float*>(boost_strength->data_ptr()) : 0.0f;
+  if (!duty_cycle || strength == 0 || n == 0) return nullptr; // a strength of 0 multiplies by 1
+  const Tensor duty = torch::stable::contiguous(*duty_cycle);
+  float* factors = static_cast<float*>(scratch(kFactorsSlot, size_t(n) * sizeof(float)));
+  SPARSEKERN_SELECT(k_winners)
+      .boost_factors(static_cast<const float*>(duty.data_ptr()), double(k) / double(n), strength, channels, inner, n,
+                     factors);
+  return factors;
+}
+
+// Calls run(begin, end, counts) for all rows. Each chunk of rows counts for itself, so that counting needs no atomics.
+template <class Run> void count_rows(const Tensor& x, int64_t rows, int64_t row_units, const Tensor& counts, Run run) {
+  const int64_t channels = counts.size(0) - 1;
+  int64_t* total = static_cast<int64_t*>(counts.data_ptr());
+  total[channels] = rows;
+  const int64_t chunks = std::max<int64_t>(
+      1, std::min({rows, int64_t(torch::stable::get_num_threads()), rows * row_units / kParallelWork}));
+  if (chunks == 1) return run(0, rows, total);
+  Tensor partial = torch::stable::new_zeros(x, {chunks, channels}, ScalarType::Long);
+  int64_t* parts = static_cast<int64_t*>(partial.data_ptr());
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) run(rows * i / chunks, rows * (i + 1) / chunks, parts + i * channels);
+  });
+  for (int64_t i = 0; i < chunks; i++)
+    for (int64_t c = 0; c < channels; c++) total[c] += parts[i * channels + c];
+}
+
 std::tuple<Tensor, Tensor, Tensor> k_winners(const Tensor& x, int64_t k, const std::optional<Tensor>& duty_cycle,
                                              const std::optional<Tensor>& boost_strength, int64_t channels,
                                              int64_t inner) {
-  const KWinnersKernels& kernels = SPARSEKERN_SELECT(k_winners);
   const int64_t rows = x.size(0), n = x.size(1);
   Tensor y = torch::stable::empty_like(x);
   Tensor winners = torch::stable::new_empty(x, {rows, (n + 15) / 16 * 2}, ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(x, {channels + 1}, ScalarType::Long);
-  int64_t* total = static_cast<int64_t*>(counts.data_ptr());
-  total[channels] = rows;
-
-  KWinnersArgs args{dtype_of("k_winners", x), x.data_ptr(), y.data_ptr(), static_cast<uint8_t*>(winners.data_ptr()),
-                    nullptr, n, k, channels, inner};
-  const float strength = boost_strength ? *static_cast<const float*>(boost_strength->data_ptr()) : 0.0f;
-  if (duty_cycle && strength != 0 && n > 0) { // a strength of 0 multiplies by 1
-    const Tensor duty = torch::stable::contiguous(*duty_cycle);
-    float* factors = static_cast<float*>(scratch(kFactorsSlot, size_t(n) * sizeof(float)));
-    kernels.boost_factors(static_cast<const float*>(duty.data_ptr()), double(k) / double(n), strength, channels, inner,
-                          n, factors);
-    args.factors = factors;
-  }
-
-  // Each chunk counts for itself, so that counting needs no atomics.
-  const int64_t chunks = std::max<int64_t>(
-      1, std::min({rows, int64_t(torch::stable::get_num_threads()), rows * n / kParallelWork}));
-  if (chunks == 1) {
-    kernels.forward(args, 0, rows, total);
-    return {y, winners, counts};
-  }
-  Tensor partial = torch::stable::new_zeros(x, {chunks, channels}, ScalarType::Long);
-  int64_t* parts = static_cast<int64_t*>(partial.data_ptr());
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      kernels.forward(args, rows * i / chunks, rows * (i + 1) / chunks, parts + i * channels);
+  const KWinnersArgs args{dtype_of("k_winners", x), x.data_ptr(), y.data_ptr(),
+                          static_cast<uint8_t*>(winners.data_ptr()),
+                          boost_factors(duty_cycle, boost_strength, k, n, channels, inner), n, k, channels, inner};
+  count_rows(x, rows, n, counts, [&](int64_t begin, int64_t end, int64_t* part) {
+    SPARSEKERN_SELECT(k_winners).forward(args, begin, end, part);
   });
-  for (int64_t i = 0; i < chunks; i++)
-    for (int64_t c = 0; c < channels; c++) total[c] += parts[i * channels + c];
   return {y, winners, counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> max_pool_k_winners2d(const Tensor& x, int64_t k,
+                                                                const std::optional<Tensor>& duty_cycle,
+                                                                const std::optional<Tensor>& boost_strength,
+                                                                int64_t pool) {
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = H / pool, Q = W / pool, n = C * P * Q;
+  const bool channels_last = !x.is_contiguous();
+  STD_TORCH_CHECK(C * H * W <= INT32_MAX, "max_pool_k_winners2d: wants maps of at most 2^31 - 1 units, got ", C * H * W);
+  Tensor y = empty_maps(x, {B, C, P, Q}, channels_last);
+  Tensor winners = torch::stable::new_empty(x, {B, (n + 15) / 16 * 2}, ScalarType::Byte);
+  Tensor offsets = torch::stable::new_empty(x, {B, k}, ScalarType::Int);
+  Tensor counts = torch::stable::new_zeros(x, {C + 1}, ScalarType::Long);
+  const int64_t inner = channels_last ? 1 : P * Q;
+  const PooledArgs args{{dtype_of("max_pool_k_winners2d", x), x.data_ptr(), y.data_ptr(),
+                         static_cast<uint8_t*>(winners.data_ptr()),
+                         boost_factors(duty_cycle, boost_strength, k, n, C, inner), n, k, C, inner},
+                        C, H, W, pool, channels_last, static_cast<int32_t*>(offsets.data_ptr())};
+  count_rows(x, B, C * H * W, counts, [&](int64_t begin, int64_t end, int64_t* part) {
+    SPARSEKERN_SELECT(k_winners).forward_pooled(args, begin, end, part);
+  });
+  return {y, winners, offsets, counts};
+}
+
+Tensor max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& winners, const Tensor& offsets, int64_t H,
+                                     int64_t W, bool channels_last) {
+  const int64_t B = grad_y.size(0), C = grad_y.size(1), n = C * grad_y.size(2) * grad_y.size(3), map = C * H * W;
+  Tensor grad_x = empty_maps(grad_y, {B, C, H, W}, channels_last);
+  const DType dtype = dtype_of("max_pool_k_winners2d_backward", grad_y);
+  torch::stable::parallel_for(0, B, map > 0 ? kParallelWork / map + 1 : B + 1, [&](int64_t begin, int64_t end) {
+    SPARSEKERN_SELECT(k_winners)
+        .backward_pooled(dtype, grad_y.data_ptr(), static_cast<const uint8_t*>(winners.data_ptr()),
+                         static_cast<const int32_t*>(offsets.data_ptr()), grad_x.data_ptr(), n, offsets.size(1), map,
+                         begin, end);
+  });
+  return grad_x;
 }
 
 Tensor k_winners_backward(const Tensor& grad_y, const Tensor& winners) {
@@ -80,6 +122,8 @@ void update_duty_cycle_(Tensor duty_cycle, Tensor samples_seen, const Tensor& co
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("k_winners", TORCH_BOX(&k_winners));
   m.impl("k_winners_backward", TORCH_BOX(&k_winners_backward));
+  m.impl("max_pool_k_winners2d", TORCH_BOX(&max_pool_k_winners2d));
+  m.impl("max_pool_k_winners2d_backward", TORCH_BOX(&max_pool_k_winners2d_backward));
   m.impl("update_duty_cycle_", TORCH_BOX(&update_duty_cycle_));
 }
 

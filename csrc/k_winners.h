@@ -6,7 +6,7 @@
 
 namespace sparsekern {
 
-constexpr int kFactorsSlot = 3; // of scratch(): the kernels use 0 to 2
+constexpr int kFactorsSlot = 4; // of scratch(): the kernels use 0 to 3
 
 struct KWinnersArgs {
   DType dtype;
@@ -18,6 +18,15 @@ struct KWinnersArgs {
   int64_t channels, inner; // unit u belongs to channel u / inner % channels
 };
 
+// Feature maps that are max-pooled first: rows.x is (rows, C, H, W) or (rows, H, W, C), everything else in `rows` is about
+// the n = C * (H / pool) * (W / pool) pooled units in the same order.
+struct PooledArgs {
+  KWinnersArgs rows;
+  int64_t C, H, W, pool;
+  bool channels_last;
+  int32_t* offsets; // (rows, k): where in its map each winner, in the order of the pooled units, was taken from
+};
+
 struct KWinnersKernels {
   // factors[u] = exp(strength * (target - duty_cycle[channel of u])), taken in double and rounded once.
   void (*boost_factors)(const float* duty_cycle, double target, double strength, int64_t channels, int64_t inner,
@@ -27,6 +36,10 @@ struct KWinnersKernels {
   // Rows begin..end of grad_x (rows, n): grad_y where the winners' bit is set, else 0.
   void (*backward)(DType dtype, const void* grad_y, const uint8_t* winners, void* grad_x, int64_t n, int64_t begin,
                    int64_t end);
+  void (*forward_pooled)(const PooledArgs& args, int64_t begin, int64_t end, int64_t* counts);
+  // Rows begin..end of grad_x (rows, map): grad_y (rows, n) at the winners' offsets (rows, k), else 0.
+  void (*backward_pooled)(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,
+                          int64_t n, int64_t k, int64_t map, int64_t begin, int64_t end);
   // duty_cycle = duty_cycle * keep + counts / divisor (equation 6).
   void (*update)(float* duty_cycle, const int64_t* counts, int64_t channels, double keep, double divisor);
 };

@@ -2,13 +2,14 @@
 // winners' bits and counts in one pass.
 #include "k_winners.h"
 
+#include <utility>
+
 #include "k_winners_select.h"
-#include "vec.h"
 
 namespace sparsekern {
 namespace {
 
-enum Slot { kKeys, kRoom, kCounts };
+enum Slot { kKeys, kRoom, kCounts, kPooled };
 
 template <class T> struct key_for { using type = int32_t; };
 template <> struct key_for<double> { using type = int64_t; };
@@ -217,9 +218,18 @@ void count_row(const uint8_t* winners, const KWinnersArgs& a, int64_t* counts) {
       counts[c] += count_bits(winners, u, u + a.inner < a.n ? u + a.inner : a.n);
     return;
   }
+  int64_t channel = 0, end = a.inner; // of the unit: its channel, and the first unit of the next one (no divisions)
   for (int64_t j = 0; j < a.n; j += kLanes)
-    for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1)
-      counts[(j + __builtin_ctz(bits)) / a.inner % a.channels]++;
+    for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1) {
+      const int64_t u = j + __builtin_ctz(bits);
+      if (a.inner == 1) {
+        for (; u >= channel + a.channels; channel += a.channels) {}
+        counts[u - channel]++;
+      } else {
+        for (; u >= end; end += a.inner) channel = channel + 1 == a.channels ? 0 : channel + 1;
+        counts[channel]++;
+      }
+    }
 }
 
 // Output, bits and, if `lanes` is given, counts: unit j's at lanes[j % period].
@@ -304,6 +314,158 @@ void backward(DType dtype, const void* grad_y, const uint8_t* winners, void* gra
   });
 }
 
+// Element `column` of each of a register's windows along a line: neighbours' windows are kStep apart, 1 or 2.
+template <int kStep, class T, int... kLane>
+SPARSEKERN_INLINE reg<acc_t<T>> load_column(const T* x, int column, std::integer_sequence<int, kLane...>) {
+  const reg<acc_t<T>> a = load_reg(x);
+  if constexpr (kStep == 1) return a;
+  const reg<acc_t<T>> b = load_reg(x + sizeof...(kLane));
+  return column == 0 ? __builtin_shufflevector(a, b, (2 * kLane)...) : __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+}
+
+// Maxima of n windows of pool x pool elements and where they are taken from. The first window begins at x[at], the next
+// one kStep further; a window's elements are `column` and `row` apart. As in PyTorch, the first maximum counts and NaN is
+// above all; with kStep = 2 columns are neighbours and pool is 2.
+template <int kStep, class T>
+SPARSEKERN_INLINE void pool_line(const T* x, int64_t at, int64_t n, int64_t step, int64_t pool, int64_t column,
+                                 int64_t row, acc_t<T>* most, int32_t* taken) {
+  using A = acc_t<T>;
+  using K = key_t<T>;
+  constexpr int kWidth = kRegLanes<A>;
+  constexpr auto kAll = std::make_integer_sequence<int, kWidth>();
+  int64_t i = 0;
+  if constexpr (kStep > 0) {
+    reg<K> lane;
+    for (int l = 0; l < kWidth; l++) lane[l] = K(l * kStep);
+    for (; i + kWidth <= n; i += kWidth) {
+      const int64_t begin = at + i * kStep;
+      reg<A> best = load_column<kStep>(x + begin, 0, kAll);
+      reg<K> from = lane + K(begin);
+      for (int64_t dy = 0; dy < pool; dy++)
+        for (int64_t dx = 0; dx < pool; dx++) {
+          const int64_t other = begin + dy * row + (kStep == 1 ? dx * column : 0);
+          const reg<A> v = load_column<kStep>(x + other, int(dx), kAll);
+          const reg<K> larger = (reg<K>)((v > best) | (v != v));
+          best = larger ? v : best;
+          from = larger ? lane + K(begin + dy * row + dx * column) : from;
+        }
+      std::memcpy(most + i, &best, sizeof best);
+      for (int l = 0; sizeof(K) > 4 && l < kWidth; l++) taken[i + l] = int32_t(from[l]);
+      if constexpr (sizeof(K) == 4) std::memcpy(taken + i, &from, sizeof from);
+    }
+  }
+  for (; i < n; i++) {
+    int64_t from = at + i * step;
+    A best = to_acc(x[from]);
+    for (int64_t dy = 0; dy < pool; dy++)
+      for (int64_t dx = 0; dx < pool; dx++) {
+        const int64_t other = at + i * step + dy * row + dx * column;
+        const A v = to_acc(x[other]);
+        const bool larger = (v > best) | (v != v);
+        best = larger ? v : best;
+        from = larger ? other : from;
+      }
+    most[i] = best;
+    taken[i] = int32_t(from);
+  }
+}
+
+// A map's pooled units, in its own order.
+template <class T> void pool_map(const T* x, const PooledArgs& a, acc_t<T>* most, int32_t* taken) {
+  const int64_t P = a.H / a.pool, Q = a.W / a.pool;
+  if (a.channels_last)
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t q = 0; q < Q; q++, most += a.C, taken += a.C) {
+        const int64_t at = (p * a.W + q) * a.pool * a.C;
+        if (a.pool == 2) pool_line<1>(x, at, a.C, 1, 2, a.C, a.W * a.C, most, taken);
+        else pool_line<1>(x, at, a.C, 1, a.pool, a.C, a.W * a.C, most, taken);
+      }
+  else
+    for (int64_t c = 0; c < a.C; c++)
+      for (int64_t p = 0; p < P; p++, most += Q, taken += Q) {
+        const int64_t at = (c * a.H + p * a.pool) * a.W;
+        if (a.pool == 2) pool_line<2>(x, at, Q, 2, 2, 1, a.W, most, taken);
+        else pool_line<0>(x, at, Q, a.pool, a.pool, 1, a.W, most, taken);
+      }
+}
+
+template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+  using A = acc_t<T>;
+  using K = key_t<T>;
+  const int64_t n = a.rows.n, k = a.rows.k, map = a.C * a.H * a.W;
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes, bytes = padded / 8;
+  K* keys = static_cast<K*>(scratch(kKeys, size_t(padded) * sizeof(K)));
+  K* room = static_cast<K*>(scratch(kRoom, size_t(padded + kLanes) * sizeof(K)));
+  int32_t* places = reinterpret_cast<int32_t*>(room); // the candidates are gone when the winners' places come
+  int64_t* ties = static_cast<int64_t*>(scratch(kCounts, size_t(a.C) * 12));
+  int32_t* lanes = a.channels_last && a.C % kLanes == 0 ? reinterpret_cast<int32_t*>(ties + a.C) : nullptr;
+  if (lanes != nullptr) std::memset(lanes, 0, size_t(a.C) * sizeof(int32_t));
+  A* most = static_cast<A*>(scratch(kPooled, size_t(padded) * (sizeof(A) + sizeof(int32_t))));
+  int32_t* taken = reinterpret_cast<int32_t*>(most + padded);
+  Guess<K> guess{};
+  for (int64_t row = begin; row < end; row++) {
+    const T* x = static_cast<const T*>(a.rows.x) + row * map;
+    T* y = static_cast<T*>(a.rows.y) + row * n;
+    uint8_t* winners = a.rows.winners + row * bytes;
+    if (k == 0) {
+      std::memset(y, 0, size_t(n) * sizeof(T)), std::memset(winners, 0, size_t(bytes));
+      continue;
+    }
+    pool_map(x, a, most, taken);
+    K lo, hi;
+    if (a.rows.factors != nullptr) make_keys<A, true>(most, a.rows.factors, n, keys, lo, hi);
+    else make_keys<A, false>(most, nullptr, n, keys, lo, hi);
+    int64_t surplus;
+    const K t = threshold(keys, n, k, lo, hi, room, guess, surplus);
+    if (surplus > 0) drop_ties(keys, a.rows, t, surplus, ties);
+    // Without branches on single units, which would be mispredicted.
+    int32_t* offsets = a.offsets + row * k;
+    int64_t count = 0;
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const uint32_t bits = mask_ge(keys + j, t);
+      store_bits(winners + j / 8, bits);
+      count += compress(taken + j, bits, places + count);
+      if constexpr (std::is_same_v<T, A>) keep(most + j, bits, most + j);
+      if (lanes != nullptr) add_bits(lanes + j % a.C, bits);
+    }
+    std::memcpy(offsets, places, size_t(k) * sizeof(int32_t));
+    if constexpr (std::is_same_v<T, A>) {
+      std::memcpy(y, most, size_t(n) * sizeof(T));
+    } else {
+      std::memset(y, 0, size_t(n) * sizeof(T));
+      for (int64_t j = 0; j < n; j += kLanes)
+        for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1)
+          y[j + __builtin_ctz(bits)] = x[*offsets++];
+    }
+    if (lanes == nullptr) count_row(winners, a.rows, counts);
+  }
+  for (int64_t c = 0; lanes != nullptr && c < a.C; c++) counts[c] += lanes[c];
+}
+
+void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+  if (a.rows.n == 0) return;
+  // A 32-bit lane counter takes n / channels wins a row at most.
+  const int64_t step = (int64_t(1) << 30) / (a.rows.n / a.C + 1) + 1;
+  for (int64_t row = begin; row < end; row += step)
+    dispatch(a.rows.dtype, [&]<class T>() { forward_pooled_rows<T>(a, row, row + step < end ? row + step : end, counts); });
+}
+
+void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,
+                     int64_t n, int64_t k, int64_t map, int64_t begin, int64_t end) {
+  dispatch(dtype, [&]<class T>() {
+    const int64_t bytes = (n + kLanes - 1) / kLanes * 2;
+    for (int64_t row = begin; row < end; row++) {
+      const T* g = static_cast<const T*>(grad_y) + row * n;
+      T* out = static_cast<T*>(grad_x) + row * map;
+      const int32_t* offset = offsets + row * k;
+      std::memset(out, 0, size_t(map) * sizeof(T));
+      for (int64_t j = 0; j < n; j += kLanes)
+        for (uint32_t bits = load_bits(winners + row * bytes + j / 8); bits != 0; bits &= bits - 1)
+          out[*offset++] = g[j + __builtin_ctz(bits)];
+    }
+  });
+}
+
 void update(float* duty_cycle, const int64_t* counts, int64_t channels, double keep, double divisor) {
   for (int64_t c = 0; c < channels; c++)
     duty_cycle[c] = float(double(duty_cycle[c]) * keep + double(counts[c]) / divisor);
@@ -311,6 +473,7 @@ void update(float* duty_cycle, const int64_t* counts, int64_t channels, double k
 
 } // namespace
 
-const KWinnersKernels SPARSEKERN_TABLE(k_winners) = {boost_factors, forward, backward, update};
+const KWinnersKernels SPARSEKERN_TABLE(k_winners) = {boost_factors,  forward,         backward,
+                                                       forward_pooled, backward_pooled, update};
 
 } // namespace sparsekern

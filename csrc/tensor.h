@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 
 #include "isa.h"
@@ -24,6 +25,13 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     default: STD_TORCH_CHECK(false, op, ": wants float32, float64, bfloat16 or float16, got ",
                              torch::headeronly::toString(t.scalar_type()));
   }
+}
+
+// (B, C, H, W) of like's dtype, contiguous or channels-last.
+inline Tensor empty_maps(const Tensor& like, std::array<int64_t, 4> shape, bool channels_last) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 } // namespace sparsekern

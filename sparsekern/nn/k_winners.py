@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.ops import _check
-from sparsekern.ops.k_winners import k_winners2d_counted, k_winners_counted, update_duty_cycle_
+from sparsekern.ops.k_winners import (
+    k_winners2d_counted,
+    k_winners_counted,
+    max_pool_k_winners2d_counted,
+    update_duty_cycle_,
+)
 
 # How many forwards under activation checkpointing are remembered. The bound only matters where more of them than this wait
 # for their backward.
@@ -233,9 +238,11 @@ class KWinners2d(_KWinnersBase):
         k: winners of each sample (of each location if local) in training.
         density: k as a fraction of the units chosen from, in (0, 1]; exactly one of k and density is given.
         local: choose winners at each location rather than in the whole map.
+        max_pool: the side of the windows whose maxima compete, as behind ``nn.MaxPool2d(max_pool)`` but in one pass,
+            whose backward touches the winners alone; 1 for no pooling.
         k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period: as in :class:`KWinners`.
 
-    Shape: x (B, C, H, W) of any floating-point dtype -> the same, in x's memory format.
+    Shape: x (B, C, H, W) of any floating-point dtype -> (B, C, H // max_pool, W // max_pool), in x's memory format.
 
     Buffers: ``duty_cycle`` (C,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32.
     """
@@ -247,12 +254,14 @@ class KWinners2d(_KWinnersBase):
         *,
         density: float | None = None,
         local: bool = False,
+        max_pool: int = 1,
         k_inference_factor: float = 1.5,
         boost_strength: float = 1.0,
         boost_strength_factor: float = 1.0,
         duty_cycle_period: int = 1000,
     ):
         _check.integer("KWinners2d", "channels", channels, 1)
+        _check.integer("KWinners2d", "max_pool", max_pool, 1)
         super().__init__(
             channels if local else None,
             channels,
@@ -265,22 +274,33 @@ class KWinners2d(_KWinnersBase):
         )
         self.channels = channels
         self.local = local
+        self.max_pool = max_pool
         self._units: int | None = channels if local else None  # of the last map seen; for max_entropy
 
     def forward(self, x: Tensor) -> Tensor:
         _check.is_float_tensor("KWinners2d", "x", x)
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"KWinners2d: wants x of shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
-        locations = x.shape[2] * x.shape[3]
+        height, width = x.shape[2] // self.max_pool, x.shape[3] // self.max_pool
+        if self.max_pool > 1 and not (height and width):
+            raise ValueError(f"KWinners2d: wants H and W at least {self.max_pool} (max_pool), got {tuple(x.shape)}")
+        locations = height * width
         n = self.channels if self.local else self.channels * locations
-        if self.k == n or self.density == 1:
-            return torch.relu(x)
+        relu = self.k == n or self.density == 1
         if self.k is not None and self.k > n:
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
+        # In one pass, unless there is nothing to choose.
+        fused = self.max_pool > 1 and not (relu or self.local) and x.device.type == "cpu"
+        if self.max_pool > 1 and not fused:
+            x = nn.functional.max_pool2d(x, self.max_pool)
+        if relu:
+            return torch.relu(x)
         self._units = n
-        y, counts = k_winners2d_counted(
-            x, self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"], self.local
-        )
+        k, duty_cycle, boost_strength = self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"]
+        if fused:
+            y, counts = max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, self.max_pool)
+        else:
+            y, counts = k_winners2d_counted(x, k, duty_cycle, boost_strength, self.local)
         if self.training and locations > 0:
             self._update_duty_cycle(counts, locations if self.local else 1, locations)
         return y
@@ -295,7 +315,8 @@ class KWinners2d(_KWinnersBase):
         return self.k / self._units
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {super().extra_repr()}" + (", local=True" if self.local else "")
+        pooling = f", max_pool={self.max_pool}" if self.max_pool > 1 else ""
+        return f"{self.channels}, {super().extra_repr()}" + (", local=True" if self.local else "") + pooling
 
 
 def step_boost_strength(model: nn.Module) -> None:

@@ -18,6 +18,21 @@ def _k_winners_fake(x, k, duty_cycle, boost_strength, channels, inner):
     return torch.empty_like(x), winners, x.new_empty((channels + 1,), dtype=torch.int64)
 
 
+def _max_pool_k_winners2d_fake(x, k, duty_cycle, boost_strength, pool):
+    B, C, H, W = x.shape
+    P, Q = H // pool, W // pool
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    y = torch.empty((B, C, P, Q), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    winners = x.new_empty((B, (C * P * Q + 15) // 16 * 2), dtype=torch.uint8)
+    return y, winners, x.new_empty((B, k), dtype=torch.int32), x.new_empty((C + 1,), dtype=torch.int64)
+
+
+def _max_pool_k_winners2d_backward_fake(grad_y, winners, offsets, height, width, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (*grad_y.shape[:2], height, width)
+    return torch.empty(shape, dtype=grad_y.dtype, device=grad_y.device, memory_format=memory_format)
+
+
 # Rows of n units in memory order, x contiguous. Unit u belongs to channel `u // inner % channels`, whose duty cycle
 # boosts it and which its win is counted for: a plain layer has channels = n and inner = 1, (B, C, H, W) rows have
 # channels = C and inner = H * W, channels-last rows channels = C and inner = 1. Ties go to the lowest index in
@@ -35,6 +50,20 @@ define(
     reference=reference.k_winners_backward,
     fake=lambda grad_y, winners: torch.empty_like(grad_y),
 )
+# k-winners of the maxima of pool x pool windows (what does not fill a window is left out); x contiguous or
+# channels-last, and so is y. `offsets` says where in its map each winner was taken from, in the order of y's memory.
+define(
+    "max_pool_k_winners2d(Tensor x, int k, Tensor? duty_cycle, Tensor? boost_strength, int pool)"
+    " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
+    reference=reference.max_pool_k_winners2d,
+    fake=_max_pool_k_winners2d_fake,
+)
+define(
+    "max_pool_k_winners2d_backward(Tensor grad_y, Tensor winners, Tensor offsets, int height, int width,"
+    " bool channels_last) -> Tensor",
+    reference=reference.max_pool_k_winners2d_backward,
+    fake=_max_pool_k_winners2d_backward_fake,
+)
 define(
     "update_duty_cycle_(Tensor(a!) duty_cycle, Tensor(b!) samples_seen, Tensor counts, int period,"
     " int rows_per_sample, int locations) -> ()",
@@ -46,6 +75,8 @@ define(
 # The overloads themselves: a call by the op's name finds them anew each time.
 _k_winners = torch.ops.sparsekern.k_winners.default
 _k_winners_backward = torch.ops.sparsekern.k_winners_backward.default
+_max_pool_k_winners2d = torch.ops.sparsekern.max_pool_k_winners2d.default
+_max_pool_k_winners2d_backward = torch.ops.sparsekern.max_pool_k_winners2d_backward.default
 update_duty_cycle_ = torch.ops.sparsekern.update_duty_cycle_.default
 
 
@@ -89,6 +120,36 @@ class KWinnersFunction(Function):
         else:
             grad_x = _k_winners_backward(grad_y.contiguous(), winners)
         return grad_x, None, None, None, None, None
+
+
+class MaxPoolKWinners2dFunction(Function):
+    """(B, C, H, W) -> the output, the winners' bits and offsets and the channels' counts, as the op."""
+
+    @staticmethod
+    def forward(x, k, duty_cycle, boost_strength, pool):
+        return _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x = inputs[0]
+        _, winners, offsets, counts = output
+        ctx.mark_non_differentiable(winners, offsets, counts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(winners, offsets)
+        ctx.size = x.shape[2:]
+        ctx.channels_last = not x.is_contiguous()
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_winners, grad_offsets, grad_counts):
+        if grad_y is None:
+            return (None,) * 5
+        winners, offsets = ctx.saved_tensors
+        if grad_y.requires_grad and torch.is_grad_enabled():  # a second derivative is asked for
+            body = reference.max_pool_k_winners2d_backward
+        else:
+            body = _max_pool_k_winners2d_backward
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format)
+        return body(grad_y, winners, offsets, *ctx.size, ctx.channels_last), None, None, None, None
 
 
 def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[Tensor, Tensor]:
@@ -149,6 +210,17 @@ def k_winners2d_counted(x, k, duty_cycle, boost_strength, local, *, rows=k_winne
     y, counts = rows(nhwc.view(B * H * W if local else B, n), k, duty_cycle, boost_strength, C, 1)
     y = y.view(B, H, W, C).permute(0, 3, 1, 2)
     return (y if channels_last else y.contiguous()), counts
+
+
+def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor, Tensor]:
+    """k-winners over the pooled map of each sample, and the channels' counts (see the op); the arguments are checked."""
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    if x.requires_grad and torch.is_grad_enabled():
+        y, _, _, counts = MaxPoolKWinners2dFunction.apply(x, k, duty_cycle, boost_strength, pool)
+    else:
+        y, _, _, counts = _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+    return y, counts
 
 
 def k_winners(x: Tensor, k: int, duty_cycle: Tensor | None = None, boost_strength: float = 0.0) -> Tensor:

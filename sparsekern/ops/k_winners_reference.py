@@ -65,6 +65,55 @@ def k_winners_backward(
     return torch.where(unpack_winners(winners, grad_y.shape[1]), grad_y, zero)
 
 
+def map_rows(x: Tensor, channels_last: bool) -> Tensor:
+    """(B, C, H, W) -> (B, C * H * W), in (C, H, W) or (H, W, C) order."""
+    return (x.permute(0, 2, 3, 1) if channels_last else x).flatten(1)
+
+
+def from_map_rows(rows: Tensor, shape: tuple[int, int, int, int], channels_last: bool) -> Tensor:
+    """The inverse of :func:`map_rows`: a map of that memory format."""
+    B, C, H, W = shape
+    if channels_last:
+        return rows.view(B, H, W, C).permute(0, 3, 1, 2)
+    return rows.view(B, C, H, W)
+
+
+def max_pool_k_winners2d(
+    x: Tensor,  # (B, C, H, W)
+    k: int,
+    duty_cycle: Tensor | None,  # (C,)
+    boost_strength: Tensor | None,  # () float32
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    C, W = x.shape[1], x.shape[3]
+    channels_last = not x.is_contiguous()
+    pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)  # taken: h * W + w
+    inner = 1 if channels_last else pooled.shape[2] * pooled.shape[3]
+    y, winners, counts = k_winners(map_rows(pooled, channels_last), k, duty_cycle, boost_strength, C, inner)
+    y = from_map_rows(y, pooled.shape, channels_last)
+    channel = torch.arange(C, device=x.device).view(-1, 1, 1)
+    offset = map_rows(taken * C + channel if channels_last else taken + channel * (x.shape[2] * W), channels_last)
+    # The winners' units in order: a stable sort, as nonzero would wait for the device.
+    order = unpack_winners(winners, offset.shape[1]).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return y, winners, offset.gather(1, order[:, :k]).int(), counts
+
+
+def max_pool_k_winners2d_backward(
+    grad_y: Tensor,  # (B, C, P, Q)
+    winners: Tensor,  # (B, 2 * ceil(C * P * Q / 16)) uint8
+    offsets: Tensor,  # (B, k) int32
+    height: int,
+    width: int,
+    channels_last: bool,
+) -> Tensor:
+    B, C = grad_y.shape[:2]
+    rows = map_rows(grad_y, channels_last)
+    order = unpack_winners(winners, rows.shape[1]).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    grad_x = rows.new_zeros(B, C * height * width)
+    grad_x = grad_x.scatter(1, offsets.long(), rows.gather(1, order[:, : offsets.shape[1]]))
+    return from_map_rows(grad_x, (B, C, height, width), channels_last)
+
+
 def update_duty_cycle_(
     duty_cycle: Tensor,  # (channels,) float32
     samples_seen: Tensor,  # () int64

@@ -99,7 +99,7 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
     """
     if plain and dense:
         raise ValueError("build: wants at most one of plain and dense, got both")
-    k_winners2d, k_winners = (PlainKWinners2d, PlainKWinners) if plain else (sk.KWinners2d, sk.KWinners)
+    k_winners = PlainKWinners if plain else sk.KWinners
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = 1
     behind_k_winners = False  # whether the next layer's input comes out of k-winners, whose backward drops the losers
@@ -111,9 +111,12 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
         )
         if network.batch_norm:
             layers[f"norm{i}"] = nn.BatchNorm2d(filters, affine=False)
-        layers[f"pool{i}"] = nn.MaxPool2d(POOL)
         behind_k_winners = not dense and k < filters * side * side
-        layers[f"winners{i}"] = k_winners2d(filters, k, **_boosting(network)) if behind_k_winners else nn.ReLU()
+        if behind_k_winners and not plain:
+            layers[f"winners{i}"] = sk.KWinners2d(filters, k, max_pool=POOL, **_boosting(network))
+        else:
+            layers[f"pool{i}"] = nn.MaxPool2d(POOL)
+            layers[f"winners{i}"] = PlainKWinners2d(filters, k, **_boosting(network)) if behind_k_winners else nn.ReLU()
         channels = filters
     layers["flatten"] = nn.Flatten()
     inputs = channels * side * side
