@@ -8,7 +8,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from sparsekern.ops import _triton, k_winners_triton, sparse_linear_triton
+from sparsekern.ops import _triton, k_winners_triton, sparse_conv2d_triton, sparse_linear_triton
 from triton_compile import SHARED_MEMORY, compile_launch, launches, resources
 
 META = torch.device("meta")
@@ -38,6 +38,13 @@ def sparse_linear(B, I, O, dtype, G=1, density=0.4):
     sparse_linear_triton.sparse_linear_grad_weight(grad_y, x, ccol, row, G)
 
 
+def sparse_conv2d(B, C, O, size, dtype=F32, channels_last=False):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(B, C, size, size, dtype=dtype, device=META).to(memory_format=memory_format)
+    weight = torch.empty(O, C, 5, 5, dtype=dtype, device=META)
+    sparse_conv2d_triton.sparse_conv2d(x, weight, None, [1, 1], [0, 0])
+
+
 # What runs: the bodies' choices by rows, length, alignment, dtype and batch.
 CASES = {
     "k_winners 64 x 1000": lambda: k_winners(64, 1000, 100, F32),
@@ -60,6 +67,9 @@ CASES = {
     "linear 1 x 14336 -> 4096 bfloat16, d=1": lambda: sparse_linear(1, 14336, 4096, BF16, density=1.0),
     "linear 4096 x 131072 -> 4096 bfloat16, d=1": lambda: sparse_linear(4096, 131072, 4096, BF16, density=1.0),
     "linear 4096 x 16384 -> 777, d=1": lambda: sparse_linear(4096, 16384, 777, F32, density=1.0),
+    "conv 1024 x 64 x 14 x 14 -> 64": lambda: sparse_conv2d(1024, 64, 64, 14),
+    "conv 1024 x 64 x 14 x 14 -> 64, channels last": lambda: sparse_conv2d(1024, 64, 64, 14, channels_last=True),
+    "conv 1024 x 30 x 12 x 12 -> 100": lambda: sparse_conv2d(1024, 30, 100, 12),
     "linear 16 x 1600 -> 1500, G=16": lambda: sparse_linear(16, 1600, 1500, F32, 16, 0.1),
     "linear 64 x 1600 -> 1000 bfloat16, G=24": lambda: sparse_linear(64, 1600, 1000, BF16, 24, 0.2),
     "linear 1024 x 4096 -> 16384, G=64": lambda: sparse_linear(1024, 4096, 16384, F32, 64, 0.1),
@@ -73,6 +83,7 @@ def multiprocessors(monkeypatch):
     """As many as an H200 has: the choices depend on it."""
     monkeypatch.setattr(_triton, "_multiprocessors", lambda index: 132)
     monkeypatch.setattr(_triton, "is_gpu", lambda x: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

@@ -28,7 +28,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def _argument(value) -> tuple[str, bool, object]:
@@ -80,10 +80,28 @@ def compile_launch(kernel, named, options, capability):
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:
-    """Registers a thread, bytes of spills (the stack frame), bytes of shared memory a program."""
+    """Registers a thread, bytes of spills, bytes of shared memory a program."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    command = [CUOBJDUMP, "--dump-resource-usage", cubin]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = _tool("cuobjdump", "--dump-resource-usage", cubin)
     registers, stack = (int(re.search(rf"{name}:(\d+)", printed).group(1)) for name in ("REG", "STACK"))
-    return {"registers": registers, "spills": stack, "shared": compiled.metadata.shared}
+    return {
+        "registers": registers,
+        "spills": _spills(compiled, folder) if stack else 0,
+        "shared": compiled.metadata.shared,
+    }
+
+
+def _spills(compiled, folder: Path) -> int:
+    """Bytes of spill stores; a stack frame may also come from calls, of a 64-bit division for instance."""
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    chip = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
+    ptxas = "ptxas-blackwell" if "sm_100" in chip and (BIN / "ptxas-blackwell").exists() else "ptxas"
+    printed = _tool(ptxas, "-v", f"--gpu-name={chip}", ptx, "-o", folder / "again.cubin")
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", printed)))
+
+
+def _tool(name: str, *arguments) -> str:
+    done = subprocess.run([BIN / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
