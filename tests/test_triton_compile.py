@@ -25,6 +25,14 @@ def k_winners(rows, n, k, dtype, channels=None, inner=1, boosted=True):
     k_winners_triton.update_duty_cycle_(counts.new_empty(channels, dtype=F32), seen, counts, 1000, 1, 1)
 
 
+def max_pool_k_winners2d(B, C, size, k, channels_last, dtype=F32):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(B, C, size, size, dtype=dtype, device=META).to(memory_format=memory_format)
+    boost = torch.empty(C, device=META), torch.empty((), device=META)
+    y, winners, offsets, _ = k_winners_triton.max_pool_k_winners2d(x, k, *boost, 2)
+    k_winners_triton.max_pool_k_winners2d_backward(y, winners, offsets, size, size, channels_last)
+
+
 def sparse_linear(B, I, O, dtype, G=1, density=0.4):
     """Forward and gradients; blocks are as many as the density asks for, wherever they are."""
     groups = -(-O // G)
@@ -61,6 +69,8 @@ CASES = {
     "k_winners 2048 x 131072": lambda: k_winners(2048, 131072, 64, F32, boosted=False),
     "k_winners 4096 x 131071 bfloat16": lambda: k_winners(4096, 131071, 20000, BF16),
     "k_winners 2 x 2**21": lambda: k_winners(2, 2**21, 64, F32),
+    "pool 64 x 30 x 24 x 24": lambda: max_pool_k_winners2d(64, 30, 24, 400, False),
+    "pool 64 x 32 x 24 x 24 bfloat16": lambda: max_pool_k_winners2d(64, 32, 24, 400, True, BF16),
     "linear 1 x 1600 -> 1000": lambda: sparse_linear(1, 1600, 1000, F32),
     "linear 3 x 1600 -> 1001 bfloat16": lambda: sparse_linear(3, 1600, 1001, BF16),
     "linear 32 x 1600 -> 1000": lambda: sparse_linear(32, 1600, 1000, F32),
@@ -83,7 +93,7 @@ def multiprocessors(monkeypatch):
     """As many as an H200 has: the choices depend on it."""
     monkeypatch.setattr(_triton, "_multiprocessors", lambda index: 132)
     monkeypatch.setattr(_triton, "is_gpu", lambda x: True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(sparse_conv2d_triton, "strict_float32", lambda x: x.dtype == F32)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

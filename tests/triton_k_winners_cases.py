@@ -102,3 +102,24 @@ def test_k_winners_duty_cycle(channels, rows):
     reference.update_duty_cycle_(wanted, wanted_seen, counts, 1000, 2, 3)
     assert (duty_cycle - wanted).abs().max() <= DUTY_CYCLE
     assert seen == wanted_seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_k_winners_of_a_pooled_map(channels_last, dtype):
+    for values, shape, pool, k in (("ties", (2, 5, 6, 7), 2, 4), ("specials", (2, 3, 7, 9), 3, 9)):
+        x = VALUES[values](shape[0], shape[1] * shape[2] * shape[3], dtype).view(shape)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        arguments = (k, torch.rand(shape[1]), torch.tensor(1.5), pool)
+        got, wanted = (ops.max_pool_k_winners2d(x, *arguments) for ops in (body, reference))
+        for name, a, b in zip(("y", "winners", "offsets", "counts"), got, wanted, strict=True):
+            assert_same_bits(a, b, f"{name}, {values}")
+        assert got[0].stride() == wanted[0].stride()
+        y, winners, offsets, _ = wanted
+        grad_y = torch.randn(y.shape).to(dtype)
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last) if channels_last else grad_y
+        grads = [
+            ops.max_pool_k_winners2d_backward(grad_y, winners, offsets, *shape[2:], channels_last)
+            for ops in (body, reference)
+        ]
+        assert_same_bits(*grads, f"gradient, {values}")

@@ -356,6 +356,31 @@ def k_winners_backward(
     return grad_x
 
 
+def max_pool_k_winners2d(
+    x: Tensor,  # (B, C, H, W)
+    k: int,
+    duty_cycle: Tensor | None,  # (C,)
+    boost_strength: Tensor | None,  # () float32
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sparsekern.ops import k_winners_pool_triton as pooling
+
+    return pooling.max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+
+
+def max_pool_k_winners2d_backward(
+    grad_y: Tensor,  # (B, C, P, Q)
+    winners: Tensor,  # (B, 2 * ceil(C * P * Q / 16)) uint8
+    offsets: Tensor,  # (B, k) int32
+    height: int,
+    width: int,
+    channels_last: bool,
+) -> Tensor:
+    from sparsekern.ops import k_winners_pool_triton as pooling
+
+    return pooling.max_pool_k_winners2d_backward(grad_y, winners, offsets, height, width, channels_last)
+
+
 def update_duty_cycle_(
     duty_cycle: Tensor,  # (channels,) float32
     samples_seen: Tensor,  # () int64

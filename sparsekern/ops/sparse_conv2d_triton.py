@@ -177,8 +177,12 @@ def _dense_conv2d_kernel(
 
 
 def strict_float32(x: Tensor) -> bool:
-    """Whether x is float32 and convolutions may not round it to TF32."""
-    return x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    """Whether x is float32 and convolutions may not round it to TF32; "none" leaves it to the wider setting."""
+    if x.dtype != torch.float32:
+        return False
+    backends = torch.backends
+    settings = (level.fp32_precision for level in (backends.cudnn.conv, backends.cudnn, backends))
+    return next((setting for setting in settings if setting != "none"), "ieee") != "tf32"
 
 
 def way(x: Tensor, weight: Tensor, out_area: int) -> str:

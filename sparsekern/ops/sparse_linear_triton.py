@@ -60,6 +60,7 @@ def sparse_linear(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     out_features: int,
+    support_bits: Tensor | None = None,  # not needed here
 ) -> Tensor:
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
@@ -105,6 +106,7 @@ def sparse_linear_grad_weight(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     group_size: int,
+    support_bits: Tensor | None = None,  # not needed here
 ) -> Tensor:
     if _plain(x, len(row_indices)) or grad_y.numel() == 0:
         return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
