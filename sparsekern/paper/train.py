@@ -77,7 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def load_data(data_set: str, arguments: argparse.Namespace, seed: int, device: str):
-    return DATA_SETS[data_set](arguments.data, seed=seed, fetch=arguments.download, device=device)
+    """The data set; the first rank alone downloads what is not there."""
+    if distributed.rank() > 0:
+        distributed.barrier()
+    fetch = arguments.download and distributed.rank() == 0
+    data = DATA_SETS[data_set](arguments.data, seed=seed, fetch=fetch, device=device)
+    if distributed.rank() == 0:
+        distributed.barrier()
+    return data
 
 
 def train(configuration: Configuration, data, path: Path, out: Console, **options) -> results.Result | None:

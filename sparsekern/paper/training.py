@@ -108,7 +108,7 @@ class Run:
             report(f"resuming after {self.epoch} epochs and {self.step} steps")
         self.forward = self.model
         if distributed.world_size() > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.forward = nn.parallel.DistributedDataParallel(self.model)
             torch.manual_seed(configuration.seed + (distributed.rank() << 32) + (self.epoch << 48))  # dropout's
         distributed.barrier()  # no rank writes while another one still reads
         self._write_log()
