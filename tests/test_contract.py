@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import sparsekern as sk
 from oracle import compare, sparse_randn
 from sparsekern.nn.mask import draw_supports, supports_to_indices
-from sparsekern.ops import k_winners_reference, sparse_conv2d_reference, sparse_linear_reference
+from sparsekern.ops import grad_bias_reference, k_winners_reference, sparse_conv2d_reference, sparse_linear_reference
 from tolerance import DTYPES, DUTY_CYCLE, assert_same_bits
 
 PACKAGE = Path(sk.__file__).parent
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
-REFERENCES = (k_winners_reference, sparse_linear_reference, sparse_conv2d_reference)
+REFERENCES = (k_winners_reference, sparse_linear_reference, sparse_conv2d_reference, grad_bias_reference)
 SCHEMAS = {schema.name: schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("sparsekern::")}
 
 
@@ -137,6 +137,7 @@ def samples():
         "sparse_linear": (x, weight, torch.randn(24), ccol, row, 24),
         "sparse_linear_grad_input": (grad_y, x, weight, ccol, row, True),
         "sparse_linear_grad_weight": (grad_y, x, ccol, row, 8),
+        "grad_bias": (grad_y,),
         "sparse_conv2d": (image, filters, torch.randn(4), [1, 1], [0, 0]),
         "sparse_conv2d_grad_input": (grad_image, image, filters, [1, 1], [0, 0], True),
         "sparse_conv2d_grad_weight": (grad_image, image, [3, 2], [1, 1], [0, 0]),

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
 from sparsekern.ops._library import Function, define
+from sparsekern.ops.grad_bias import grad_bias as sum_grad_bias
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -67,7 +68,7 @@ class SparseConv2dFunction(Function):
         if ctx.needs_input_grad[1]:
             grad_weight = ops.sparse_conv2d_grad_weight(grad_y, x, weight.shape[2:], ctx.stride, ctx.padding)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_y.sum((0, 2, 3))
+            grad_bias = sum_grad_bias(grad_y, twice)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops._library import Function, define, instruction_set
+from sparsekern.ops.grad_bias import grad_bias as sum_grad_bias
 
 define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ccol_indices, Tensor row_indices, int out_features,"
@@ -62,7 +63,7 @@ class SparseLinearFunction(Function):
                 grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits
             )
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_y.sum(0)
+            grad_bias = sum_grad_bias(grad_y, twice)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
