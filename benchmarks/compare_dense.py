@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     print(caption(where))
     print(f"Checked against float64 first, then timed side by side; dense is the best of {forms(options)}.\n")
     results, wrong = [], []
-    others = OTHERS if options.dtype == torch.float32 else tuple(role for role in OTHERS if role != "bf16")
+    others = [role for role in OTHERS if options.dtype in OTHERS[role]]
     with progress(cases) as shown:
         for line in table_lines(run(shown, options, arguments.full, results, wrong), others):
             print(line, flush=True)

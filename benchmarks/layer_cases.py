@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsekern as sk
 from cases import POOL, Case, Options, Prepared, images, in_turn, layer_input, network, settled
 from checking import Call, Checked, DenseReference, check_k_winners
-from report import DENSE, OURS
+from report import DENSE, OTHERS, OURS
 from sparsekern.paper.plain import PlainKWinners, PlainKWinners2d
 
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -120,10 +120,10 @@ def _gradient(layer: nn.Module, following: nn.Module, x: Tensor) -> Tensor:
 def linear_implementations(layer: sk.SparseLinear, options: Options, training: bool) -> list[Implementation]:
     dense = layer.to_dense()
     ways = [Implementation(OURS, "sparsekern", layer), *_as_written_and_compiled(DENSE, "F.linear", dense, options)]
-    if options.dtype == torch.float32:
+    if options.dtype in OTHERS["bf16"]:
         low = copy.deepcopy(dense).bfloat16()
         ways += _as_written_and_compiled("bf16", "F.linear bf16", low, options, torch.Tensor.bfloat16)
-    if not training and layer.density < 1 and options.dtype in (torch.float32, torch.float64):
+    if not training and layer.density < 1 and options.dtype in OTHERS["CSR"]:
         ways.append(Implementation("CSR", "torch.sparse CSR", _csr(dense)))
     return ways
 
@@ -154,7 +154,7 @@ def _conv_implementations(layer: sk.SparseConv2d, options: Options) -> list[Impl
         Implementation(DENSE, "F.conv2d", dense, contiguous),
         *_as_written_and_compiled(DENSE, "F.conv2d channels-last", last, options, channels_last),
     ]
-    if options.dtype == torch.float32:
+    if options.dtype in OTHERS["bf16"]:
         low = copy.deepcopy(last).bfloat16()
         ways += _as_written_and_compiled(
             "bf16", "F.conv2d bf16 channels-last", low, options, lambda t: channels_last(t.bfloat16())

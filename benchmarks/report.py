@@ -6,7 +6,7 @@ import csv
 import datetime
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,11 @@ from sparsekern.paper.results import processor
 from timing import Timing
 
 OURS, DENSE = "sparsekern", "dense"
-OTHERS = ("plain", "bf16", "CSR")  # rivals that have a column of their own, where a case has them
+OTHERS = {  # further rivals, which have a column of their own, and the dtypes in which they are timed
+    "plain": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "bf16": (torch.float32,),
+    "CSR": (torch.float32, torch.float64),
+}
 ENVIRONMENT = ("device", "dtype", "threads", "hardware", "torch", "sparsekern", "kernels", "compiler", "commit", "date")
 COLUMNS = (
     "case", "work", "batch", "savings", "max_error", "role", "implementation", "ms", "ms_low", "ms_high", "samples",
@@ -56,8 +60,9 @@ class Result:
         return None if self.savings is None else self.speedup() / self.savings
 
 
-def table_lines(results: Iterable[Result], others: Sequence[str] = OTHERS) -> Iterator[str]:
+def table_lines(results: Iterable[Result], others: Iterable[str] = OTHERS) -> Iterator[str]:
     """The table line by line, as the results come: a heading for each layer or network, a row for each of its cases."""
+    others = tuple(others)
     titles = [*HEADER, *(f"over {role}" for role in others)]
     widths = [*WIDTHS, *(10 for _ in others)]
     yield _aligned(titles, widths)
