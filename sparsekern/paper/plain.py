@@ -12,7 +12,7 @@ class PlainKWinners(sk.KWinners):
     """Algorithm 1 and equation 6 in torch operations; the buffers, and so the state_dict, of ``sk.KWinners``."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N)
-        winners = _winners(x * self._boost(self.n), self._k(self.n))
+        winners = _winners(x * self._boost(self.n), self._k(self.n)).to(x.dtype)
         if self.training:
             self._move_duty_cycle(winners.mean(0), len(x))
         return x * winners
@@ -33,7 +33,7 @@ class PlainKWinners2d(sk.KWinners2d):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         self._units = x[0].numel()
         boosted = (x * self._boost(self._units).view(1, -1, 1, 1)).movedim(1, -1)  # no copy where x is channels-last
-        winners = _winners(boosted.flatten(1), self._k(self._units)).view(boosted.shape).movedim(-1, 1)
+        winners = _winners(boosted.flatten(1), self._k(self._units)).view(boosted.shape).movedim(-1, 1).to(x.dtype)
         if self.training:
             self._move_duty_cycle(winners.mean((0, 2, 3)), len(x))
         return x * winners
