@@ -35,8 +35,8 @@ def validation_accuracy(model: nn.Module, data) -> float:
 
 @torch.inference_mode()
 def _correct(model: nn.Module, batches) -> int:
-    correct = torch.zeros((), dtype=torch.int64)
+    correct = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     for i, (x, labels) in enumerate(batches):
         if i % distributed.world_size() == distributed.rank():
-            correct = correct + (model(x).argmax(1) == labels).sum().to(correct)
+            correct += (model(x).argmax(1) == labels).sum()
     return int(distributed.summed(correct))

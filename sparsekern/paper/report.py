@@ -30,7 +30,12 @@ To train everything anew, several runs at a time, and then gather, print and dra
         python -m sparsekern.paper $command
     done
 
-A sweep that was stopped goes on by the same command; `--seeds 42-44` trains fewer seeds, and later the others.
+A sweep that was stopped goes on by the same command; `--seeds 42-44` trains fewer seeds, and later the others;
+`--snakemake --executor slurm` runs it on a cluster. One run alone, which the same command resumes bit for bit, and the same
+shared by two processes:
+
+    python -m sparsekern.paper train sparseCNN2 --seed 42
+    torchrun --nproc-per-node 2 -m sparsekern.paper train sparseCNN2 --seed 42
 """
 
 

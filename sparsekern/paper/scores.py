@@ -71,35 +71,38 @@ class ScoreCommand:
         return [table, *self._comparisons(by_run)]
 
     def _scores(self, by_run: dict) -> Table:
-        paper = published(self.data_set)
-        columns = ["network", "runs", "test, best epoch", "paper", "off by", "noise, best epoch", "paper", "off by"]
-        rows = []
-        for name, seeds in by_run.items():
-            best, last = (Scores.read(seeds, choose) for choose in READINGS.values())
-            theirs = paper.get(name)
-            ours_as, theirs_as = runs.noise_unit(best.samples, theirs, len(DATA_SETS[self.data_set].noise_levels))
-            row = [
-                name,
-                str(len(seeds)),
-                _percent(best.test),
-                *["-"] * 2,
-                ours_as(*mean_and_std(best.noise)),
-                *["-"] * 2,
-            ]
-            if theirs:
-                row[3], row[6] = _plus_minus(theirs.test, theirs.test_std), theirs_as(theirs.noise, theirs.noise_std)
-            if theirs and theirs.samples == best.samples:
-                row[4] = runs.deviations(best.test, theirs.test, theirs.test_std)
-                row[7] = runs.deviations(best.noise, theirs.noise, theirs.noise_std)
-            rows.append([*row, _percent(last.test), ours_as(*mean_and_std(last.noise))])
-        columns += ["test, last epoch", "noise, last epoch"]
+        columns = ["network", "runs"]
+        columns += [f"{score}, best epoch{what}" for score in ("test", "noise") for what in ("", ": paper", ": off by")]
+        columns += ["test, last epoch", "noise, last epoch", "seconds a run"]
+        rows = [[name, str(len(seeds)), *self._cells(name, seeds)] for name, seeds in by_run.items()]
+        machines = {
+            f"{row['device']}, threads {row['threads']}"
+            for seeds in by_run.values()
+            for epochs in seeds.values()
+            for row in epochs
+        }
         notes = [
             "Mean ± standard deviation over the seeds. The paper's scores are those of the epoch with the best test score, "
             "a choice on the test set that flatters; the last epoch is the honest figure. Off by: the distance from the "
-            "paper's mean in the paper's standard deviations.",
+            f"paper's mean in the paper's standard deviations. Trained and tested on {' and '.join(sorted(machines))}.",
             self.note,
         ]
         return Table(self.title, columns, rows, [note for note in notes if note])
+
+    def _cells(self, name: str, seeds: dict[str, list[dict]]) -> list[str]:
+        best, last = (Scores.read(seeds, choose) for choose in READINGS.values())
+        theirs = published(self.data_set).get(name)
+        ours_as, theirs_as = runs.noise_unit(best.samples, theirs, len(DATA_SETS[self.data_set].noise_levels))
+        test, noise = ["-", "-"], ["-", "-"]
+        if theirs:
+            test[0], noise[0] = _plus_minus(theirs.test, theirs.test_std), theirs_as(theirs.noise, theirs.noise_std)
+        if theirs and theirs.samples == best.samples:
+            test[1] = runs.deviations(best.test, theirs.test, theirs.test_std)
+            noise[1] = runs.deviations(best.noise, theirs.noise, theirs.noise_std)
+        return [
+            *(_percent(best.test), *test, ours_as(*mean_and_std(best.noise)), *noise),
+            *(_percent(last.test), ours_as(*mean_and_std(last.noise)), f"{runs.seconds(seeds):.0f}"),
+        ]
 
     def _order(self, by_run: dict) -> list[str]:
         paper = {name: row.noise for name, row in published(self.data_set).items() if name in by_run}
