@@ -36,7 +36,7 @@ def refuses(error, message, call, *kept):
     assert [list(module.modules()) for module in kept] == layers
     for module, state in zip(kept, before, strict=True):
         for name, value in module.state_dict().items():
-            assert torch.equal(value, state[name]) or value.is_meta, name
+            assert value.is_meta or torch.equal(value, state[name]), name
 
 
 def x(*shape, dtype=torch.float32, device="cpu"):
@@ -262,6 +262,7 @@ LAYERS = [
     (ValueError, "KWinners2d: wants k in 0..4, got 5", lambda: sk.KWinners2d(4, 5, local=True)),
     (ValueError, "KWinners2d: wants k at least 0, got -1", lambda: sk.KWinners2d(4, -1)),
     (ValueError, "KWinners2d: wants density in (0, 1], got -0.1", lambda: sk.KWinners2d(4, density=-0.1)),
+    (ValueError, "KWinners2d: wants max_pool at least 1, got 0", lambda: sk.KWinners2d(4, 2, max_pool=0)),
     (ValueError, "SparseLinear: wants density in (0, 1], got 0.0", linear_layer(8, 4, density=0.0)),
     (ValueError, "SparseLinear: wants density in (0, 1], got 2", linear_layer(8, 4, density=2)),
     (TypeError, "SparseLinear: wants a number for density, got None", linear_layer(8, 4, density=None)),
@@ -324,6 +325,14 @@ def k_winners2d_layer(**kwargs):
     return layer
 
 
+def pooled_layer():
+    return k_winners2d_layer(max_pool=2)
+
+
+def pooled_layer_elsewhere():
+    return pooled_layer().to("meta")
+
+
 LINEAR, CONV = sk.SparseLinear(8, 6, density=0.5, group_size=4), sk.SparseConv2d(3, 4, 3, density=0.5)
 FORWARDS = [
     (ValueError, "KWinners: wants x of shape (..., 8), got (5, 7)", k_winners_layer, x(5, 7)),
@@ -339,6 +348,10 @@ FORWARDS = [
     (ValueError, "KWinners2d: wants k in 0..0 for x of shape (5, 4, 0, 3), got 3", k_winners2d_layer, x(5, 4, 0, 3)),
     (ValueError, "k_winners2d: wants all tensors on one device, got x on meta and duty_cycle on cpu",
      k_winners2d_layer, meta(5, 4, 3, 3)),
+    (ValueError, "KWinners2d: wants H and W at least 2 (max_pool), got (5, 4, 1, 6)", pooled_layer, x(5, 4, 1, 6)),
+    (TypeError, f"KWinners2d: wants x {FLOATS}, got torch.int16", pooled_layer, x(5, 4, 3, 3).short()),
+    (ValueError, "k_winners2d: wants all tensors on one device, got x on cpu and duty_cycle on meta",
+     pooled_layer_elsewhere, x(5, 4, 4, 4)),
     (ValueError, "sparse_linear: wants x of shape (..., 8), got (5, 6)", lambda: LINEAR, x(5, 6)),
     (TypeError, f"sparse_linear: wants x {FLOATS}, got torch.int64", lambda: LINEAR, x(5, 8).long()),
     (TypeError, "sparse_linear: wants weight in the dtype of x (torch.float64), got torch.float32", lambda: LINEAR,

@@ -93,8 +93,8 @@ def test_functional_and_reference_have_one_signature(name):
 SIGNATURES = {
     "KWinners": "(n, k=None, *, density=None, k_inference_factor=1.5, boost_strength=1.0, boost_strength_factor=1.0,"
     " duty_cycle_period=1000)",
-    "KWinners2d": "(channels, k=None, *, density=None, local=False, k_inference_factor=1.5, boost_strength=1.0,"
-    " boost_strength_factor=1.0, duty_cycle_period=1000)",
+    "KWinners2d": "(channels, k=None, *, density=None, local=False, max_pool=1, k_inference_factor=1.5,"
+    " boost_strength=1.0, boost_strength_factor=1.0, duty_cycle_period=1000)",
     "SparseLinear": "(in_features, out_features, bias=True, *, density, group_size=1, sparse_input_grad=False,"
     " device=None, dtype=None)",
     "SparseConv2d": "(in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, density=1.0,"
@@ -128,12 +128,15 @@ def samples():
     x, weight, (ccol, row), grad_y = linear_arguments()
     rows, duty_cycle = torch.randn(3, 20), torch.rand(20)
     _, winners, counts = k_winners_reference.k_winners(rows, 4, None, None, 20, 1)
+    _, pooled_winners, offsets, _ = k_winners_reference.max_pool_k_winners2d(torch.randn(2, 3, 6, 5), 4, None, None, 2)
     image, filters = sparse_randn(2, 3, 6, 5, active=0.3, dtype=torch.float32), torch.randn(4, 3, 3, 2)
     grad_image = torch.randn(2, 4, 4, 4)
     return {
         "k_winners": (rows, 4, duty_cycle, torch.tensor(1.0), 20, 1),
         "k_winners_backward": (rows, winners),
         "update_duty_cycle_": (duty_cycle, torch.tensor(5), counts, 1000, 1, 1),
+        "max_pool_k_winners2d": (torch.randn(2, 3, 6, 5), 4, torch.rand(3), torch.tensor(1.0), 2),
+        "max_pool_k_winners2d_backward": (torch.randn(2, 3, 3, 2), pooled_winners, offsets, 6, 5, False),
         "sparse_linear": (x, weight, torch.randn(24), ccol, row, 24),
         "sparse_linear_grad_input": (grad_y, x, weight, ccol, row, True),
         "sparse_linear_grad_weight": (grad_y, x, ccol, row, 8),

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled")
 LAYERS = {
     "KWinners": (lambda: sk.KWinners(24, 5, boost_strength=1.5), (6, 24)),
     "KWinners2d": (lambda: sk.KWinners2d(4, 7), (6, 4, 3, 5)),
+    "KWinners2d, pooled": (lambda: sk.KWinners2d(4, 3, max_pool=2), (6, 4, 3, 5)),
     "KWinners2d, local": (lambda: sk.KWinners2d(4, density=0.5, local=True), (6, 4, 3, 5)),
     "KWinners, all": (lambda: sk.KWinners(24, density=1.0), (6, 24)),
     "SparseLinear": (lambda: sk.SparseLinear(24, 10, density=0.5, group_size=4), (6, 24)),

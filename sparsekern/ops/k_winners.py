@@ -213,7 +213,9 @@ def k_winners2d_counted(x, k, duty_cycle, boost_strength, local, *, rows=k_winne
 
 
 def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor, Tensor]:
-    """k-winners over the pooled map of each sample, and the channels' counts (see the op); the arguments are checked."""
+    """k-winners over the pooled map of each sample, and the channels' counts (see the op); the layer checked x."""
+    _, C, H, W = x.shape
+    check_k_winners("k_winners2d", x, k, C * (H // pool) * (W // pool), duty_cycle, C)
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
