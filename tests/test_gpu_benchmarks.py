@@ -1,0 +1,57 @@
+"""The GPU benchmarks, rehearsed on CPU at tiny sizes: they check what they time, and write what they found."""
+
+import csv
+
+import pytest
+import torch
+
+import autoencoder
+import gpu
+import gpu_cases
+from checking import WrongResult
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_gpu_rows(tmp_path):
+    path = tmp_path / "gpu.csv"
+    assert (
+        gpu.main(
+            ["--device", "cpu", "--only", "fused|FFN|decode.*backward|10% active, float32, B=64", "--csv", str(path)]
+        )
+        == 0
+    )
+    rows = rows_of(path)
+    assert {row["case"] for row in rows} >= {"k-winners fused, 1024 x 1000 float32"}
+    assert {"sparsekern", "dense", "torch"} <= {row["role"] for row in rows}
+    assert all(float(row["ms"]) > 0 for row in rows)
+
+
+def test_no_such_row():
+    assert gpu.main(["--device", "cpu", "--only", "nothing is called so"]) == 2
+
+
+def test_autoencoder(tmp_path):
+    path = tmp_path / "autoencoder.csv"
+    assert autoencoder.main(["--device", "cpu", "--csv", str(path)]) == 0
+    assert {row["work"] for row in rows_of(path)} == {"forward", "forward + backward", "training step"}
+
+
+def test_wrong_results_are_not_timed(monkeypatch, capsys):
+    def wrong(*_):
+        raise WrongResult("off")
+
+    monkeypatch.setitem(gpu.CASES, "a wrong row", wrong)
+    assert gpu.main(["--device", "cpu", "--only", "a wrong row"]) == 1
+    assert "WRONG RESULT" in capsys.readouterr().out
+    exact = torch.ones(4, dtype=torch.float64)
+    assert gpu_cases.error_of(exact.float(), exact, "ones") == 0
+    for value in (1.01, float("nan")):
+        with pytest.raises(WrongResult, match="ones"):
+            gpu_cases.error_of((exact * value).float(), exact, "ones")
+    x = torch.randn(2, 10)
+    with pytest.raises(WrongResult, match="largest"):
+        gpu_cases.same_winners(torch.where(x < 0, x, 0), x, 3, "smallest")
