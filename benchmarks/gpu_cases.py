@@ -1,4 +1,4 @@
-"""The GPU rows: what is built, how it is checked, what it is compared with. ``scale`` 1 is the real size, less a rehearsal."""
+"""The GPU rows: what is built, how it is checked, what it is compared with. ``scale`` 1 is the real size."""
 
 from __future__ import annotations
 
