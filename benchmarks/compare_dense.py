@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         print(f"compare_dense: no case matches {arguments.only.pattern!r}", file=sys.stderr)
         return 2
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: TF32 would be outside the bounds
     options = Options(arguments.device, DTYPES[arguments.dtype], compiled=arguments.full)
     where = environment(options.device, options.dtype)
     print(caption(where))
