@@ -38,6 +38,29 @@ SPARSEKERN_INLINE reg<float> load_reg(const f16* p) {
   return v;
 #endif
 }
+SPARSEKERN_INLINE void store_reg(float* p, reg<float> v) { std::memcpy(p, &v, sizeof v); }
+SPARSEKERN_INLINE void store_reg(double* p, reg<double> v) { std::memcpy(p, &v, sizeof v); }
+
+// a * b + c in one rounding where the instruction set has it.
+SPARSEKERN_INLINE reg<float> fma_reg(reg<float> a, reg<float> b, reg<float> c) {
+#if defined(__AVX512F__)
+  return (reg<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (reg<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+SPARSEKERN_INLINE reg<double> fma_reg(reg<double> a, reg<double> b, reg<double> c) {
+#if defined(__AVX512F__)
+  return (reg<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (reg<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <class A> SPARSEKERN_INLINE reg<A> load_reg_as(const float* p) {
   typedef float narrow __attribute__((vector_size(kRegLanes<A> * sizeof(float))));
   narrow v;

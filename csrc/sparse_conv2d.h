@@ -38,14 +38,17 @@ struct SparseConv2dKernels {
   void (*pack)(const Conv2d& conv, bool transposed, const void* weight, bool channels_last, void* packed,
                int64_t first_panel, int64_t panels);
   // y = conv(x) + bias, over the non-zeros of x. bias may be null.
-  void (*forward)(const Conv2d& conv, Images x, const void* packed, const void* bias, Images y, Part part);
+  void (*forward)(const Conv2d& conv, Images x, void* packed, const void* bias, Images y, Part part);
   // grad_x over the non-zeros of grad_y; with `mask` (an x, laid out as grad_x) only where that is not zero.
-  void (*grad_input)(const Conv2d& conv, Images grad_y, const void* packed, const void* mask, Images grad_x, Part part);
-
-  // grad_weight (contiguous) of filters first..first+n from the non-zeros of grad_y,
-  void (*grad_weight_by_grad)(const Conv2d& conv, Images grad_y, Images x, void* grad_weight, int64_t first, int64_t n);
-  // or of channels first..first+n from the non-zeros of x.
-  void (*grad_weight_by_input)(const Conv2d& conv, Images grad_y, Images x, void* grad_weight, int64_t first, int64_t n);
+  void (*grad_input)(const Conv2d& conv, Images grad_y, void* packed, const void* mask, Images grad_x, Part part);
+  // grad_x, laid out as x, over the non-zeros of x and only there; the weight packed as for the forward.
+  void (*grad_input_at_nonzeros)(const Conv2d& conv, Images grad_y, Images x, void* packed, void* grad_x,
+                                 int64_t first_sample, int64_t count);
+  // grad_weight (contiguous) over the non-zeros of grad_y or of x: parts first..first+rows of the weight_rows into which
+  // the work falls.
+  int64_t (*weight_rows)(const Conv2d& conv, bool by_grad);
+  void (*grad_weight)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, void* grad_weight, int64_t first,
+                      int64_t rows);
 };
 
 extern const SparseConv2dKernels sparse_conv2d_baseline, sparse_conv2d_avx2, sparse_conv2d_avx512;

@@ -1,22 +1,23 @@
 // How a convolution is cut into passes over rows, and the kernel of one pass.
 #pragma once
+#include "reg.h"
 #include "sparse_conv2d_lists.h"
 
 namespace sparsekern {
 namespace {
 
 constexpr int kMaxTaps = 5;
-// Outputs of a segment and the panels of 16 channels that a pass takes together: their sums fill the registers, beside a
-// broadcast and a weight.
+// The panels of 16 channels that a pass takes together, and the outputs of a segment: their sums fill the registers,
+// beside a broadcast and a weight.
 #if defined(__AVX512F__)
-template <class A> constexpr int kMaxSegment = sizeof(A) == 4 ? 14 : 6;
-constexpr int kMaxPanels = 2;
+template <class A> constexpr int kMaxPanels = sizeof(A) == 4 ? 2 : 1;
+template <class A> constexpr int kMaxSegment = 14;
 #elif defined(__AVX2__)
+template <class A> constexpr int kMaxPanels = 1;
 template <class A> constexpr int kMaxSegment = sizeof(A) == 4 ? 6 : 2;
-constexpr int kMaxPanels = 1;
 #else
+template <class A> constexpr int kMaxPanels = 1;
 template <class A> constexpr int kMaxSegment = 2;
-constexpr int kMaxPanels = 1;
 #endif
 // Most bytes of the weights that one pass reads. 64->64 5x5 on 14x14, 10 % active, Zen 4 (32 KB of first-level cache),
 // us a sample: 27.5 at 40 KB and 32 filters, 29.0 at 20 KB and 16 filters, 29.3 at 20 KB, 32 filters and half the channels.
@@ -104,7 +105,8 @@ Plan make_plan(const Conv2d& conv, bool transposed) {
     columns = conv.OW;
   }
   const bool is_double = conv.dtype == DType::f64;
-  plan.lanes = (plan.result.channels + kLanes - 1) / kLanes % kMaxPanels == 0 ? kMaxPanels * kLanes : kLanes;
+  const int most_panels = is_double ? kMaxPanels<double> : kMaxPanels<float>;
+  plan.lanes = (plan.result.channels + kLanes - 1) / kLanes % most_panels == 0 ? most_panels * kLanes : kLanes;
   const int64_t most_taps = min(kMaxTaps, (conv.KW + conv.SW - 1) / conv.SW);
   plan.block = max(1, kSliceBytes / (most_taps * plan.lanes * (is_double ? 8 : 4)) / kLanes) * kLanes;
   const int64_t longest = is_double ? kMaxSegment<double> : kMaxSegment<float>;
@@ -117,52 +119,69 @@ Plan make_plan(const Conv2d& conv, bool transposed) {
   return plan;
 }
 
-template <class A> using row_fn = void (*)(const A*, const uint16_t*, const int32_t*, int64_t, const A*, A*);
+// What a pass does for each non-zero of the source with its value v, its weights w and the results r that they reach. The
+// convolution adds v * w to r. Its gradients read the result's gradient in place of r: they add v * r to w, or w * r to
+// the sums (kRegLanes of them) that take the place of v.
+enum class Pass { result, weight, value };
 
-// Column `column` of the segment: adds its non-zeros to the outputs column - t that exist.
-template <class A, int kPanels, int kSegment, int kTaps, int kColumn>
-SPARSEKERN_INLINE void add_columns(vec<A> (&sums)[kSegment][kPanels], const A* value, const uint16_t* channel, const int32_t* start,
-                                   int64_t step, const A* weight) {
+template <class A> using row_fn = void (*)(A*, const uint16_t*, const int32_t*, int64_t, A*, A*);
+
+// Column kColumn of the segment: its non-zeros meet the results kColumn - t that exist, kRegs registers each.
+template <Pass kPass, class A, int kRegs, int kSegment, int kTaps, int kColumn>
+SPARSEKERN_INLINE void pass_columns(reg<A> (&results)[kSegment][kRegs], A* value, const uint16_t* channel,
+                                    const int32_t* start, int64_t step, A* weight) {
+  constexpr int kWidth = kRegLanes<A>;
   if constexpr (kColumn < kSegment + kTaps - 1) {
     const int64_t begin = start[kColumn * step], end = start[kColumn * step + 1];
     for (int64_t i = begin; i < end; i++) {
-      const vec<A> v = splat(value[i]);
-      const A* w = weight + int64_t(channel[i]) * (kTaps * kPanels * kLanes);
+      const reg<A> v = kPass == Pass::value ? load_reg(value + i * kWidth) : value[i] - reg<A>{};
+      reg<A> sums[2] = {v, reg<A>{}}; // of Pass::value: two, so that additions wait less for each other
+      A* w = weight + int64_t(channel[i]) * (kTaps * kRegs * kWidth);
 #pragma GCC unroll 8
       for (int t = 0; t < kTaps; t++)
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; p++)
-          if (kColumn - t >= 0 && kColumn - t < kSegment)
-            sums[kColumn - t][p] = fma(v, load(w + (t * kPanels + p) * kLanes), sums[kColumn - t][p]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRegs; r++)
+          if (kColumn - t >= 0 && kColumn - t < kSegment) {
+            A* at = w + (t * kRegs + r) * kWidth;
+            reg<A>& result = results[kColumn - t][r];
+            if constexpr (kPass == Pass::result) result = fma_reg(v, load_reg(at), result);
+            else if constexpr (kPass == Pass::weight) store_reg(at, fma_reg(v, result, load_reg(at)));
+            else sums[(t * kRegs + r) % 2] = fma_reg(load_reg(at), result, sums[(t * kRegs + r) % 2]);
+          }
+      if constexpr (kPass == Pass::value) store_reg(value + i * kWidth, sums[0] + sums[1]);
     }
-    add_columns<A, kPanels, kSegment, kTaps, kColumn + 1>(sums, value, channel, start, step, weight);
+    pass_columns<kPass, A, kRegs, kSegment, kTaps, kColumn + 1>(results, value, channel, start, step, weight);
   }
 }
 
-template <class A, int kPanels, int kSegment, int kTaps>
-void add_row(const A* value, const uint16_t* channel, const int32_t* start, int64_t step, const A* weight, A* out) {
-  vec<A> sums[kSegment][kPanels];
+template <Pass kPass, class A, int kRegs, int kSegment, int kTaps>
+void pass_row(A* value, const uint16_t* channel, const int32_t* start, int64_t step, A* weight, A* result) {
+  if (kPass != Pass::result && start[0] == start[(kSegment + kTaps - 2) * step + 1]) return; // as many rows are empty
+  reg<A> results[kSegment][kRegs];
 #pragma GCC unroll 32
-  for (int i = 0; i < kSegment * kPanels; i++) sums[i / kPanels][i % kPanels] = load(out + i * kLanes);
-  add_columns<A, kPanels, kSegment, kTaps, 0>(sums, value, channel, start, step, weight);
+  for (int i = 0; i < kSegment * kRegs; i++) results[i / kRegs][i % kRegs] = load_reg(result + i * kRegLanes<A>);
+  pass_columns<kPass, A, kRegs, kSegment, kTaps, 0>(results, value, channel, start, step, weight);
+  if constexpr (kPass == Pass::result)
 #pragma GCC unroll 32
-  for (int i = 0; i < kSegment * kPanels; i++) store(out + i * kLanes, sums[i / kPanels][i % kPanels]);
+    for (int i = 0; i < kSegment * kRegs; i++) store_reg(result + i * kRegLanes<A>, results[i / kRegs][i % kRegs]);
 }
 
-template <class A, int kPanels, int kSegment> row_fn<A> find_row_of(int taps) {
+template <Pass kPass, class A, int kPanels, int kSegment> row_fn<A> find_row_of(int taps) {
+  constexpr int kRegs = kPanels * kLanes / kRegLanes<A>;
   switch (taps) {
-    case 1: return add_row<A, kPanels, kSegment, 1>;
-    case 2: return add_row<A, kPanels, kSegment, 2>;
-    case 3: return add_row<A, kPanels, kSegment, 3>;
-    case 4: return add_row<A, kPanels, kSegment, 4>;
-    default: return add_row<A, kPanels, kSegment, 5>;
+    case 1: return pass_row<kPass, A, kRegs, kSegment, 1>;
+    case 2: return pass_row<kPass, A, kRegs, kSegment, 2>;
+    case 3: return pass_row<kPass, A, kRegs, kSegment, 3>;
+    case 4: return pass_row<kPass, A, kRegs, kSegment, 4>;
+    default: return pass_row<kPass, A, kRegs, kSegment, 5>;
   }
 }
 
-template <class A, int kSegment = 2> row_fn<A> find_row(int64_t lanes, int64_t segment, int taps) {
+template <Pass kPass, class A, int kSegment = 2> row_fn<A> find_row(int64_t lanes, int64_t segment, int taps) {
   if constexpr (kSegment < kMaxSegment<A>)
-    if (segment > kSegment) return find_row<A, kSegment + 2>(lanes, segment, taps);
-  return lanes == kLanes ? find_row_of<A, 1, kSegment>(taps) : find_row_of<A, kMaxPanels, kSegment>(taps);
+    if (segment > kSegment) return find_row<kPass, A, kSegment + 2>(lanes, segment, taps);
+  return lanes == kLanes ? find_row_of<kPass, A, 1, kSegment>(taps)
+                         : find_row_of<kPass, A, kMaxPanels<A>, kSegment>(taps);
 }
 
 } // namespace
