@@ -8,7 +8,7 @@ rounds once more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,7 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
     Args:
         duty_cycle: that of the layer before the call.
     """
+    call = _pooled(layer, call)
     rows = _winner_rows(layer, call.x)
     n = rows.shape[-1]
     k = layer._k(n)
@@ -193,6 +194,19 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
         right = torch.where(won, grad_x == grad_y, (grad_x == 0) | (rows == 0))
         _require(right.all(), "the gradient is not that of the winners")
     return Checked(moved=_bytes(call.x, call.y), held=_bytes(call.x, call.y))
+
+
+def _pooled(layer: nn.Module, call: Call) -> Call:
+    """The call as the choice among the maxima sees it: a maximum's gradient is read where it was taken from."""
+    pool = getattr(layer, "max_pool", 1)
+    if pool == 1:
+        return call
+    x, taken = F.max_pool2d(call.x, pool, return_indices=True)
+    grad_x = call.grad_x
+    if grad_x is not None:
+        grad_x = grad_x.flatten(2).gather(2, taken.flatten(2)).view(x.shape)
+        _require(grad_x.count_nonzero() == call.grad_x.count_nonzero(), "a gradient where nothing was taken from")
+    return replace(call, x=x, grad_x=grad_x)
 
 
 def _winner_rows(layer: nn.Module, x: Tensor) -> Tensor:
