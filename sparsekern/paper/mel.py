@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RATE = SAMPLES = 16_000  # Hz; a clip is one second
 BANDS = FRAMES = 32
@@ -56,24 +56,23 @@ def _change_speed(audio: Tensor, speed: Tensor) -> Tensor:
 
 
 def _stretch_and_shift(magnitudes: Tensor, stretch: Tensor, shift: Tensor) -> Tensor:
-    """Linear interpolation between frames, whose product with a matrix a clip it is: (B, 1025, 32)."""
+    """Linear interpolation between frames, whose product with a matrix a clip it is: (B, 32, 1025)."""
     frames = torch.arange(FRAMES, device=magnitudes.device)
     position = (frames + shift[:, None]) * stretch[:, None]  # (B, 32): where each new frame comes from
-    distance = (position[:, None, :] - frames[None, :, None]).abs()  # (B, 32 old, 32 new)
-    weight = (1 - distance).clamp_(min=0) * (position >= 0)[:, None, :]
-    return magnitudes @ weight
+    distance = (position[:, :, None] - frames).abs()  # (B, 32 new, 32 old)
+    weight = (1 - distance).clamp_(min=0) * (position >= 0)[:, :, None]
+    return weight @ magnitudes
 
 
-def _magnitudes(audio: Tensor) -> Tensor:  # (B, 16000) -> (B, 1025, 32)
-    spectrum = torch.stft(
-        audio, FFT, HOP, window=_window(audio.device), center=True, pad_mode="reflect", return_complex=True
-    )
-    return spectrum.abs()
+def _magnitudes(audio: Tensor) -> Tensor:  # (B, 16000) -> (B, 32, 1025)
+    # A quarter of the time of torch.stft.
+    padded = nn.functional.pad(audio[:, None], (FFT // 2, FFT // 2), mode="reflect").squeeze(1)
+    return torch.fft.rfft(padded.unfold(1, FFT, HOP) * _window(audio.device)).abs()
 
 
 def _log_mel(magnitudes: Tensor) -> Tensor:
-    power = mel_filters().to(magnitudes.device) @ magnitudes.square()
-    decibels = 10 * power.clamp_(min=POWER_FLOOR).log10_()
+    power = (magnitudes.square() @ mel_filters().to(magnitudes.device).T).transpose(1, 2)  # (B, 32 bands, 32 frames)
+    decibels = 10 * power.clamp(min=POWER_FLOOR).log10_()
     decibels -= decibels.amax((1, 2), keepdim=True)
     return decibels.clamp_(min=-FLOOR_DB).unsqueeze(1)
 
