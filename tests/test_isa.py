@@ -1,5 +1,6 @@
 """Instruction sets, threads and runs: the same bits where promised, and the oracle's sums everywhere."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -86,6 +87,36 @@ def test_sparse_linear_by_the_oracle(instruction_set, dtype):
         bound, tensors, grad_y = linear_case(*case, dtype)
         functions = bound(sk.functional.sparse_linear), bound(sk.reference.sparse_linear)
         compare(*functions, tensors, grad_y, f"{case}, {instruction_set}")
+
+
+# B, I, O, density: every way of the layer, which on AVX-512 keeps its support as a bitmap too.
+LAYERS = [
+    (1, 100, 63, 0.2),
+    (3, 64, 65, 0.5),
+    (1, 33, 200, 1.0),
+    (8, 90, 129, 0.06),
+    (17, 70, 64, 0.3),
+    (64, 130, 50, 0.9),
+    (40, 20, 300, 1.0),
+]
+
+
+@pytest.mark.parametrize("active", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_linear_layers_by_the_oracle(instruction_set, dtype, active):
+    for B, I, O, density in LAYERS:
+        layer = sk.SparseLinear(I, O, density=density, dtype=dtype)
+
+        def sparse(layer, x, weight, bias):
+            return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+        def dense(layer, x, weight, bias):
+            return torch.nn.functional.linear(x, layer.densify(weight), bias)
+
+        x, grad_y = (sparse_randn(B, n, active=active, dtype=dtype) for n in (I, O))
+        tensors = {"x": x, "weight": layer.weight, "bias": layer.bias}
+        functions = (functools.partial(function, layer) for function in (sparse, dense))
+        compare(*functions, tensors, grad_y, f"{B=} {I=} {O=} {density=} {active=}, {instruction_set}")
 
 
 def conv_case(B, C, size, O, kernel, stride, padding, active, dtype, memory_format):
