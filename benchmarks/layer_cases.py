@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sparsekern as sk
 from cases import POOL, Case, Options, Prepared, images, in_turn, layer_input, network, settled
@@ -57,11 +58,12 @@ def conv_cases():
 
 
 def k_winners_cases():
-    for name, layer, title in (
-        ("speech sparseCNN2", "winners", "k-winners n=1000 k=100, against torch ops"),
-        ("speech sparseCNN2", "winners1", "k-winners n=12544 k=1200, against torch ops"),
+    for layer, pooled, title in (
+        ("winners", False, "k-winners n=1000 k=100, against torch ops"),
+        ("winners1", False, "k-winners n=12544 k=1200, against torch ops"),
+        ("winners1", True, "2x2 max-pooling + k-winners n=12544 k=1200, against torch ops"),
     ):
-        yield Case(title, "training forward", 64, partial(_prepare_k_winners, name, layer))
+        yield Case(title, "training forward", 64, partial(_prepare_k_winners, layer, pooled))
 
 
 def _inputs(name: str, layer: str, batch: int, options: Options, **kind) -> tuple[nn.Sequential, list[Tensor]]:
@@ -203,12 +205,15 @@ def _step(module, parameters, member):
     return y, torch.autograd.grad(y, (x, *parameters), grad_y)
 
 
-def _prepare_k_winners(name: str, layer: str, options: Options) -> Prepared:
-    """The whole of k-winners in training: boost, select, mask, duty cycle."""
-    model, xs = _inputs(name, layer, 64, options)
+def _prepare_k_winners(layer: str, pooled: bool, options: Options) -> Prepared:
+    """The whole of k-winners in training: boost, select, mask, duty cycle; with or without the pooling in front."""
+    model, xs = _inputs("speech sparseCNN2", layer, 64, options)
     ours = model.get_submodule(layer)
+    if layer != "winners" and not pooled:
+        xs, ours.max_pool = [F.max_pool2d(x, ours.max_pool) for x in xs], 1
     plain = copy.deepcopy(ours)
     plain.__class__ = PlainKWinners2d if isinstance(ours, sk.KWinners2d) else PlainKWinners
+    plain = nn.Sequential(nn.MaxPool2d(ours.max_pool), plain) if pooled else plain
     rivals = {(DENSE, "torch ops"): plain}
     if options.compiled:
         rivals[DENSE, "torch ops compiled"] = torch.compile(copy.deepcopy(plain), dynamic=False)

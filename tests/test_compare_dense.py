@@ -112,7 +112,7 @@ def test_full_has_the_compiled_rivals(tiny, monkeypatch):
 
 def test_the_cases_are_those_promised():
     names = [str(case) for case in compare_dense.all_cases()]
-    assert len(names) == len(set(names)) == 39
+    assert len(names) == len(set(names)) == 40
     for batch in (1, 64, 1024):
         assert f"linear 1600->1500 d=0.1 k=200 G=16, forward, B={batch}" in names
     for network in ("mnist sparseCNN2 G=1", "mnist sparseCNN2 G=16", "speech sparseCNN2 G=1"):
@@ -198,6 +198,18 @@ def test_the_check_finds_a_wrong_value_in_every_result(layer, wrong):
     getattr(call, wrong).flatten()[0] = math.nan if wrong == "y" else getattr(call, wrong).flatten()[0] + 1e-4
     with pytest.raises(WrongResult, match=f"{wrong}: 1 of "):
         DenseReference(layer).check(call)
+
+
+def test_the_check_finds_a_wrong_gradient_behind_pooling():
+    layer, x = sk.KWinners2d(5, 9, max_pool=2), torch.randn(6, 5, 7, 6, requires_grad=True)
+    y = layer(x)
+    grad_y = torch.randn_like(y)
+    (grad_x,) = torch.autograd.grad(y, x, grad_y)
+    call = Call(x.detach(), y.detach(), grad_y, grad_x)
+    check_k_winners(layer, call, torch.zeros(5))
+    call.grad_x = grad_x.flip(-1)
+    with pytest.raises(WrongResult, match="gradient"):
+        check_k_winners(layer, call, torch.zeros(5))
 
 
 @pytest.mark.parametrize("layer", [sk.KWinners(20, 5), sk.KWinners2d(5, 9), sk.KWinners2d(5, 2, local=True)])
