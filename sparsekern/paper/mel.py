@@ -65,9 +65,11 @@ def _stretch_and_shift(magnitudes: Tensor, stretch: Tensor, shift: Tensor) -> Te
 
 
 def _magnitudes(audio: Tensor) -> Tensor:  # (B, 16000) -> (B, 32, 1025)
-    # A quarter of the time of torch.stft.
+    # A third of the time of torch.stft and abs.
     padded = nn.functional.pad(audio[:, None], (FFT // 2, FFT // 2), mode="reflect").squeeze(1)
-    return torch.fft.rfft(padded.unfold(1, FFT, HOP) * _window(audio.device)).abs()
+    spectrum = torch.fft.rfft(padded.unfold(1, FFT, HOP) * _window(audio.device))
+    real, imaginary = torch.view_as_real(spectrum).unbind(-1)
+    return (real * real).addcmul_(imaginary, imaginary).sqrt_()
 
 
 def _log_mel(magnitudes: Tensor) -> Tensor:
