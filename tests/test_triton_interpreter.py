@@ -17,12 +17,13 @@ if importlib.util.find_spec("triton") is None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton_dispatch_cases import *  # noqa: F403
+    from triton_offsets_cases import *  # noqa: F403
     from triton_k_winners_cases import *  # noqa: F403
     from triton_sparse_conv2d_cases import *  # noqa: F403
     from triton_sparse_linear_cases import *  # noqa: F403
 else:
 
-    @pytest.mark.parametrize("op", ["k_winners", "sparse_linear", "sparse_conv2d", "dispatch"])
+    @pytest.mark.parametrize("op", ["k_winners", "sparse_linear", "sparse_conv2d", "dispatch", "offsets"])
     def test_under_the_interpreter(op):
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__, "-k", op]

@@ -391,9 +391,11 @@ def update_duty_cycle_(
 ) -> None:
     channels = len(duty_cycle)
     args = duty_cycle, samples_seen, counts, channels, period, rows_per_sample, locations
-    one = channels <= 4096  # a single program may overwrite what it has read; several need a second launch for that
+    one = channels <= 2048  # a single program may overwrite what it has read; several need a second launch for that
     block = next_power_of_2(max(channels, 128)) if one else 1024
+    warps = max(block // 64, 4)  # divisions of float64 take many registers: two a thread
     with on_device(duty_cycle):
-        _update_duty_cycle_kernel[(max(1, cdiv(channels, block)),)](*args, DUTY=True, SEEN=one, BLOCK=block)
+        programs = (max(1, cdiv(channels, block)),)
+        _update_duty_cycle_kernel[programs](*args, DUTY=True, SEEN=one, BLOCK=block, num_warps=warps)
         if not one:
             _update_duty_cycle_kernel[(1,)](*args, DUTY=False, SEEN=True, BLOCK=128)

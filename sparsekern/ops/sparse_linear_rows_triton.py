@@ -99,7 +99,7 @@ def _rows_forward_kernel(
     """Program (tile of outputs, part of the inputs): the part's share of the sums."""
     part = tl.program_id(1)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    b = tl.arange(0, BLOCK_B)
+    b = tl.arange(0, BLOCK_B).to(tl.int64)
     count = tl.load(counts_ptr + part)
     acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32) if BLOCK_B == 1 else tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
     for start in range(0, count, BLOCK_K):
@@ -168,7 +168,7 @@ def _rows_grad_input_kernel(
             i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
         else:
             i = (part * PART + j).to(tl.int64)
-        b = tl.arange(0, BLOCK_B)
+        b = tl.arange(0, BLOCK_B).to(tl.int64)
         if BLOCK_B == 1:
             partial = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
         else:
