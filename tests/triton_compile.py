@@ -31,16 +31,16 @@ TYPES = {
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def _argument(value) -> tuple[str, bool, object]:
+def _argument(value, specialize: bool) -> tuple[str, bool, object]:
     """(type, whether 16 divides it, the value if it is compiled in) as Triton's launcher decides."""
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype], True, None
     if isinstance(value, bool):
         return "u1", False, None
     if isinstance(value, int):
-        if value == 1:
+        if value == 1 and specialize:
             return "constexpr", False, 1
-        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0, None
+        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and specialize, None
     return "fp32", False, None
 
 
@@ -68,8 +68,11 @@ def compile_launch(kernel, named, options, capability):
     """The compiled kernel of one launch."""
     constants = {p.name for p in kernel.params if p.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        kind, divisible, value = ("constexpr", False, named[name]) if name in constants else _argument(named[name])
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        if name in constants:
+            kind, divisible, value = "constexpr", False, named[name]
+        else:
+            kind, divisible, value = _argument(named[name], not parameter.do_not_specialize)
         signature[name] = kind
         if kind == "constexpr":
             constexprs[(i,)] = value

@@ -83,7 +83,7 @@ def test_offsets_of_k_winners_gradient(last_program, x):
     bits = winners()
     bits[-1] = torch.randint(256, (N // 8,), dtype=torch.uint8)
     grad_x = torch.empty_like(x)
-    body._k_winners_backward_kernel[(1, 1)](x, bits, grad_x, ROWS, N, BLOCK_R=1, BLOCK_N=N)
+    body._k_winners_backward_kernel[(1,)](x, bits, grad_x, ROWS, N, 1, BLOCK_R=1, BLOCK_N=N)
     assert_same_bits(grad_x[-1:], reference.k_winners_backward(x[-1:], bits[-1:]), "grad_x")
 
 

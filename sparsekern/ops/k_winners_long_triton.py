@@ -34,7 +34,7 @@ def unit_keys(x_ptr, factors_ptr, u, valid, CHANNELS: tl.constexpr, INNER: tl.co
     return tl.where(valid, float_key(boosted), KEY_LOW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "capacity", "splits"])
 def _compact_kernel(
     x_ptr,  # (rows, N)
     factors_ptr,  # (CHANNELS,) float32
@@ -125,7 +125,7 @@ def write_winners(
     tl.atomic_add(counts_ptr + unit // INNER % CHANNELS, won.to(tl.int64), mask=won, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "capacity"])
 def _select_candidates_kernel(
     x_ptr,  # (rows, N)
     factors_ptr,  # (CHANNELS,) float32

@@ -98,7 +98,7 @@ def unit_places(u, channels, inner, outer):
     return channel * (outer * inner) + u // (inner * channels) * inner + u % inner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "rows"])
 def _prepare_kernel(
     duty_cycle_ptr,  # (channels,) float32
     strength_ptr,  # () float32
@@ -122,7 +122,7 @@ def _prepare_kernel(
     tl.store(counts_ptr + c, first, mask=c <= channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "k"])  # a last, smaller batch needs no other kernel
 def _k_winners_kernel(
     x_ptr,  # (rows, N)
     factors_ptr,  # (CHANNELS,) float32
@@ -194,18 +194,19 @@ def _k_winners_kernel(
         tl.atomic_add(counts_ptr + channel, wins.to(tl.int64), mask=wins > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _k_winners_backward_kernel(
     grad_y_ptr,  # (rows, n)
     winners_ptr,  # (rows, 2 * words) uint8
     grad_x_ptr,  # (rows, n)
     rows,
     n,
+    tiles,  # of a row
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    u = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    u = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = (row < rows) & (u < n)
     byte = tl.load(winners_ptr + row * ((n + 15) // 16 * 2) + u // 8, mask=valid, other=0)
     won = ((byte.to(tl.int32) >> (u % 8)) & 1) != 0
@@ -213,7 +214,7 @@ def _k_winners_backward_kernel(
     tl.store(grad_x_ptr + row * n + u, grad, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "period", "rows_per_sample", "locations"])
 def _update_duty_cycle_kernel(
     duty_cycle_ptr,  # (channels,) float32
     samples_seen_ptr,  # () int64
@@ -350,8 +351,9 @@ def k_winners_backward(
     block_n = min(next_power_of_2(max(n, 16)), 2048)
     block_r = 2048 // block_n
     with on_device(grad_y):
-        _k_winners_backward_kernel[(cdiv(rows, block_r), cdiv(n, block_n))](
-            grad_y, winners, grad_x, rows, n, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=4
+        tiles = cdiv(n, block_n)
+        _k_winners_backward_kernel[(cdiv(rows, block_r) * tiles,)](
+            grad_y, winners, grad_x, rows, n, tiles, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=4
         )
     return grad_x
 
