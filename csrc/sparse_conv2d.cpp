@@ -31,15 +31,15 @@ Tensor empty(const Tensor& like, std::array<int64_t, 4> shape, bool channels_las
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// The share of non-zeros, from up to 64 evenly spread runs of 1024 elements.
+// The share of non-zeros, from up to 64 evenly spread runs of 256 elements.
 double active_fraction(const Tensor& t) {
-  constexpr int64_t kRuns = 64, kRun = 1024;
+  constexpr int64_t kRuns = 64, kRun = 256;
   const int64_t n = t.numel(), size = int64_t(t.element_size());
   const char* data = static_cast<const char*>(t.data_ptr());
   const DType dtype = dtype_of("sparse_conv2d", t);
   if (n <= kRuns * kRun) return n == 0 ? 0.0 : double(kernels().count(dtype, data, n)) / double(n);
   int64_t found = 0;
-  for (int64_t i = 0; i < kRuns; i++) found += kernels().count(dtype, data + i * (n - kRun) / (kRuns - 1) * size, kRun);
+  for (int64_t i = 0; i < kRuns; i++) found += kernels().count(dtype, data + (n - kRun) / (kRuns - 1) * i * size, kRun);
   return double(found) / double(kRuns * kRun);
 }
 
@@ -50,8 +50,37 @@ bool sparse_possible(const Conv2d& conv) {
          conv.SW <= kMaxKernelWidth;
 }
 
-// Whether the kernels are faster than the dense convolution, by the active fraction of what they walk over.
-bool sparse_pays(const Conv2d& conv, double active) { return sparse_possible(conv) && active < 0.4; }
+// How long the dense convolution takes for a product, against float32: oneDNN on Zen 4, which has bfloat16 dot products
+// and no float16 arithmetic (there its forward takes 10x the time of float32).
+double dense_product(DType dtype) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool tiles = __builtin_cpu_supports("amx-tile"), dots = __builtin_cpu_supports("avx512bf16");
+  if (dtype == DType::bf16) return tiles ? 0.12 : dots ? 0.45 : 1.0;
+  if (dtype == DType::f16 && tiles) return 0.12; // the newest of these have float16 tiles, the others the arithmetic
+#endif
+  return 1.0;
+}
+
+// Whether the kernels are faster than the dense convolution where a fraction of what they walk over is active: the time of
+// both for one pixel of it, in float32 products of 16 channels (0.3 ns). Fitted to eight shapes (3->64 7x7 to 256->64 1x1) at
+// B=4 and 16, one thread; it gives the measured break-even within 0.1, on the side of the dense way.
+bool sparse_pays(const Conv2d& conv, bool transposed, double active) {
+  if (!sparse_possible(conv)) return false;
+  const Cost cost = kernels().cost;
+  const int64_t from = transposed ? conv.O : conv.C, to = transposed ? conv.C : conv.O;
+  const int64_t panels = kernels().panels(conv, transposed), vectors = (to + 15) / 16;
+  const double results = double(conv.OH * conv.OW) / double(conv.H * conv.W); // for each source pixel
+  const double visits = double(conv.KH * panels) * (transposed ? 1.0 : 1.0 / double(conv.SH));
+  const double reached = double(conv.KW) * double(vectors) / double(panels) / (transposed ? 1.0 : double(conv.SW));
+  // oneDNN fills up to 16 channels as well; float64 goes by plain matrix products.
+  const double filled = conv.dtype == DType::f64 ? double(to) / double(vectors * 16) : 1.0;
+  const double dense = visits * double(from) * reached * filled * dense_product(conv.dtype);
+  const double sparse = visits * (8 + active * double(from) * (reached + 1.5) * cost.product) +
+                        double(from) / 16 * cost.compress +
+                        double(vectors) * cost.finish * (transposed ? 1 / results : results);
+  return sparse < 0.95 * dense;
+}
 
 // Calls for each chunk of (samples x panels): samples where there are enough of them, else panels too.
 template <class F> void parallel_parts(int64_t samples, int64_t panels, const F& f) {
@@ -150,7 +179,7 @@ Tensor dense_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
 
 Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding) {
   const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
-  if (!sparse_pays(conv, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
+  if (!sparse_pays(conv, false, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
   Tensor y = empty(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());
   if (y.numel() == 0) return y;
   weight = dense_strides(weight);
@@ -168,7 +197,7 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
   const bool channels_last = !x.is_contiguous();
   const double in_grad = active_fraction(grad_y), in_x = at_nonzeros ? active_fraction(x) : 1.0;
   const bool by_x = at_nonzeros && in_x * double(conv.C * conv.H * conv.W) < in_grad * double(conv.O * conv.OH * conv.OW);
-  if (!sparse_pays(conv, by_x ? in_x : in_grad)) {
+  if (by_x ? !sparse_pays(conv, false, in_x) : !sparse_pays(conv, true, in_grad)) {
     const Tensor grad_x = with_format(dense_backward(grad_y, x, weight, stride, padding, true), channels_last);
     if (at_nonzeros)
       torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
@@ -194,12 +223,12 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
   return grad_x;
 }
 
-// Cycles a sample that the weight's gradient takes over the non-zeros of grad_y or of x (AVX-512, Zen 4): about 2.4 for 16
-// sums, and 4 for a column of a pass.
+// Cycles a sample that the weight's gradient takes over the non-zeros of grad_y or of x (Zen 4): with AVX-512 about 2.4 for
+// 16 sums, and 4 for a column of a pass.
 double weight_cost(const Conv2d& conv, bool by_grad, double active) {
   const double units = active * double(by_grad ? conv.O * conv.OH * conv.OW : conv.C * conv.H * conv.W);
   const int64_t channels = by_grad ? conv.C : conv.O, rows = by_grad ? conv.H : conv.OH, columns = by_grad ? conv.W : conv.OW;
-  return 2.4 * units * double(conv.KH * conv.KW * ((channels + 15) / 16)) +
+  return 2.2 * kernels().cost.product * units * double(conv.KH * conv.KW * ((channels + 15) / 16)) +
          4.0 * double(kernels().weight_rows(conv, by_grad) * rows * (columns + conv.KW));
 }
 
@@ -207,8 +236,8 @@ Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints
   const Conv2d conv = sizes(x, grad_y.size(1), kernel_size[0], kernel_size[1], stride, padding);
   const double by_x = weight_cost(conv, false, active_fraction(x));
   const double by_grad = weight_cost(conv, true, active_fraction(grad_y));
-  // The dense way takes about 1.3 cycles for 16 products.
-  const double dense = 1.3 * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
+  // The dense way takes about 1.3 cycles for 16 products of float32.
+  const double dense = 1.3 * dense_product(conv.dtype) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
   Tensor grad_weight = empty(x, {conv.O, conv.C, conv.KH, conv.KW}, false);
   if (!sparse_possible(conv) || std::min(by_x, by_grad) > dense)
     return with_format(dense_backward(grad_y, x, grad_weight, stride, padding, false), false);

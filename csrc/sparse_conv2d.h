@@ -25,7 +25,14 @@ struct Part {
   int64_t first_sample, samples, first_panel, panels;
 };
 
+// What the kernels of an instruction set take, in dense float32 products of 16 channels: for a sparse one, for looking for
+// the non-zeros of 16 channels, and for writing 16 channels of a result.
+struct Cost {
+  double product, compress, finish;
+};
+
 struct SparseConv2dKernels {
+  Cost cost;
   // Non-zeros (NaN among them) of n elements.
   int64_t (*count)(DType dtype, const void* x, int64_t n);
   // out = x where mask is not zero, else zero.

@@ -6,11 +6,26 @@
 namespace sparsekern {
 namespace {
 
+// Measured on Zen 4: see sparse_pays in sparse_conv2d.cpp.
+#if defined(__AVX512F__)
+constexpr Cost kCost = {1.1, 6, 8};
+#elif defined(__AVX2__)
+constexpr Cost kCost = {1.4, 30, 32};
+#else
+constexpr Cost kCost = {2.2, 30, 32};
+#endif
+
 int64_t count(DType dtype, const void* data, int64_t n) {
   int64_t total = 0;
   dispatch(dtype, [&]<class T>() {
     const T* x = static_cast<const T*>(data);
-    for (int64_t i = 0; i < n; i++) total += to_acc(x[i]) != 0;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      acc_t<T> values[kLanes];
+      store(values, load(x + i));
+      total += __builtin_popcount(nonzero_bits(values));
+    }
+    for (; i < n; i++) total += to_acc(x[i]) != 0;
   });
   return total;
 }
@@ -93,7 +108,7 @@ void grad_input(const Conv2d& conv, Images grad_y, void* packed, const void* mas
 } // namespace
 
 extern const SparseConv2dKernels SPARSEKERN_TABLE(sparse_conv2d) = {
-    count,   keep,       panels,                packed_bytes, pack,
-    forward, grad_input, grad_input_at_nonzeros, weight_rows,  grad_weight};
+    kCost,   count,      keep,                   panels,      packed_bytes, pack,
+    forward, grad_input, grad_input_at_nonzeros, weight_rows, grad_weight};
 
 } // namespace sparsekern

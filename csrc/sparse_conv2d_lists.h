@@ -42,6 +42,33 @@ template <class T> const T* channels_last(const T* x, const View& view, T* to) {
   return to;
 }
 
+// A bit for each of sixteen values that is not zero (NaN is not).
+SPARSEKERN_INLINE uint32_t nonzero_bits(const float* p) {
+  uint32_t bits = 0;
+#if defined(__AVX512F__)
+  bits = _mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes; i += 8)
+    bits |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(p + i), _mm256_setzero_ps(), _CMP_NEQ_UQ))) << i;
+#else
+  for (int i = 0; i < kLanes; i++) bits |= uint32_t(p[i] != 0) << i;
+#endif
+  return bits;
+}
+SPARSEKERN_INLINE uint32_t nonzero_bits(const double* p) {
+  uint32_t bits = 0;
+#if defined(__AVX512F__)
+  for (int i = 0; i < kLanes; i += 8)
+    bits |= uint32_t(_mm512_cmp_pd_mask(_mm512_loadu_pd(p + i), _mm512_setzero_pd(), _CMP_NEQ_UQ)) << i;
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes; i += 4)
+    bits |= uint32_t(_mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(p + i), _mm256_setzero_pd(), _CMP_NEQ_UQ))) << i;
+#else
+  for (int i = 0; i < kLanes; i++) bits |= uint32_t(p[i] != 0) << i;
+#endif
+  return bits;
+}
+
 // Appends the non-zeros of the first n (1..16) of p, whose channels count from c, to entry `at`; returns the entry after
 // the last. Up to 16 entries from `at` on are overwritten.
 template <class T>
@@ -59,10 +86,12 @@ SPARSEKERN_INLINE int32_t append(const T* p, int64_t n, int32_t c, const Lists<a
     return at + __builtin_popcount(mask);
   }
 #endif
-  for (int i = 0; i < kLanes; i++) {
-    lists.value[at] = v[i];
+  A values[kLanes];
+  store(values, v);
+  for (uint32_t bits = nonzero_bits(values); bits != 0; bits &= bits - 1, at++) {
+    const int i = __builtin_ctz(bits);
+    lists.value[at] = values[i];
     lists.channel[at] = uint16_t(c + i);
-    at += v[i] != 0;
   }
   return at;
 }

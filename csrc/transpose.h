@@ -5,6 +5,27 @@
 namespace sparsekern {
 namespace {
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 8 x 8 of rows 16 apart.
+SPARSEKERN_INLINE void transpose8(const float* from, float* to) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 low = _mm256_loadu_ps(from + i * kLanes), high = _mm256_loadu_ps(from + (i + 1) * kLanes);
+    a[i] = _mm256_unpacklo_ps(low, high);
+    a[i + 1] = _mm256_unpackhi_ps(low, high);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (int j = 0; j < 4; j++) {
+    _mm256_storeu_ps(to + j * kLanes, _mm256_permute2f128_ps(b[j], b[j + 4], 0x20));
+    _mm256_storeu_ps(to + (j + 4) * kLanes, _mm256_permute2f128_ps(b[j], b[j + 4], 0x31));
+  }
+}
+#endif
+
 SPARSEKERN_INLINE void transpose(vec<float> (&v)[kLanes]) {
 #if defined(__AVX512F__)
   __m512 a[kLanes], b[kLanes];
@@ -27,6 +48,12 @@ SPARSEKERN_INLINE void transpose(vec<float> (&v)[kLanes]) {
     v[j] = (vec<float>)_mm512_shuffle_f32x4(a[j], a[j + 8], 0x88);
     v[j + 8] = (vec<float>)_mm512_shuffle_f32x4(a[j], a[j + 8], 0xdd);
   }
+#elif defined(__AVX2__)
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  std::memcpy(from, v, sizeof from);
+  for (int i = 0; i < kLanes; i += 8)
+    for (int j = 0; j < kLanes; j += 8) transpose8(&from[i][j], &to[j][i]);
+  std::memcpy(v, to, sizeof to);
 #else
   float t[kLanes][kLanes];
   for (int i = 0; i < kLanes; i++)
