@@ -1,5 +1,6 @@
 #include "sparse_linear.h"
 
+#include "sparse_linear_blocks.h"
 #include "sparse_linear_panels.h"
 
 namespace sparsekern {
@@ -23,13 +24,6 @@ SPARSEKERN_INLINE void add_input(const LinearSupport& w, const T* weight, int64_
       sums[o[0]] = s0, sums[o[1]] = s1, sums[o[2]] = s2, sums[o[3]] = s3;
     }
     for (; b < end; b++) sums[w.rows[b]] += a * to_acc(weight[b]);
-  } else if (G % kLanes == 0) {
-    const vec<acc_t<T>> av = splat(a);
-    for (int64_t b = w.ccol[i]; b < end; b++)
-      for (int64_t g = 0; g < G; g += kLanes) {
-        acc_t<T>* out = sums + w.rows[b] * G + g;
-        store(out, fma(av, load(weight + b * G + g), load(out)));
-      }
   } else {
     for (int64_t b = w.ccol[i]; b < end; b++)
       for (int64_t g = 0; g < G; g++) sums[w.rows[b] * G + g] += a * to_acc(weight[b * G + g]);
@@ -38,6 +32,7 @@ SPARSEKERN_INLINE void add_input(const LinearSupport& w, const T* weight, int64_
 
 template <class T>
 void forward(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin, int64_t end) {
+  if (w.group % kLanes == 0) return forward_blocks(w, x, weight, bias, y, begin, end);
   using A = acc_t<T>;
   const int64_t I = w.inputs, O = w.outputs, room = padded_outputs<T>(w);
   A* value = (A*)scratch(kValues, size_t(I + kLanes) * sizeof(A));
@@ -66,12 +61,6 @@ SPARSEKERN_INLINE acc_t<T> dot_input(const LinearSupport& w, const T* weight, in
   A total = 0;
   if (G == 1) {
     for (int64_t b = w.ccol[i]; b < end; b++) total += to_acc(weight[b]) * grad_y[w.rows[b]];
-  } else if (G % kLanes == 0) {
-    vec<A> lanes = {};
-    for (int64_t b = w.ccol[i]; b < end; b++)
-      for (int64_t g = 0; g < G; g += kLanes)
-        lanes = fma(load(weight + b * G + g), load(grad_y + w.rows[b] * G + g), lanes);
-    total = sum<A>(lanes);
   } else {
     for (int64_t b = w.ccol[i]; b < end; b++)
       for (int64_t g = 0; g < G; g++) total += to_acc(weight[b * G + g]) * grad_y[w.rows[b] * G + g];
@@ -82,6 +71,7 @@ SPARSEKERN_INLINE acc_t<T> dot_input(const LinearSupport& w, const T* weight, in
 template <class T>
 void grad_input(const LinearSupport& w, const T* grad_y, const T* x, const T* weight, T* grad_x, bool at_nonzeros,
                 int64_t begin, int64_t end) {
+  if (w.group % kLanes == 0) return grad_input_blocks(w, grad_y, x, weight, grad_x, at_nonzeros, begin, end);
   using A = acc_t<T>;
   const int64_t I = w.inputs, O = w.outputs, room = padded_outputs<T>(w);
   A* gy = (A*)scratch(kSums, size_t(room) * sizeof(A));
@@ -111,6 +101,7 @@ void gather_samples(const T* x, int64_t I, int64_t B, int64_t count, int64_t* sa
 
 template <class T>
 void grad_weight(const LinearSupport& w, const T* grad_y, const T* x, T* grad, int64_t B, int64_t begin, int64_t end) {
+  if (w.group % kLanes == 0) return grad_weight_blocks(w, grad_y, x, grad, B, begin, end);
   using A = acc_t<T>;
   constexpr int64_t kTile = 16;
   const int64_t I = w.inputs, O = w.outputs, G = w.group;
