@@ -17,8 +17,8 @@ if importlib.util.find_spec("triton") is None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton_dispatch_cases import *  # noqa: F403
-    from triton_offsets_cases import *  # noqa: F403
     from triton_k_winners_cases import *  # noqa: F403
+    from triton_offsets_cases import *  # noqa: F403
     from triton_sparse_conv2d_cases import *  # noqa: F403
     from triton_sparse_linear_cases import *  # noqa: F403
 else:
