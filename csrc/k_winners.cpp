@@ -2,6 +2,7 @@
 #include "k_winners.h"
 
 #include <tuple>
+#include <vector>
 
 #include "tensor.h"
 
@@ -56,10 +57,11 @@ std::tuple<Tensor, Tensor, Tensor> k_winners(const Tensor& x, int64_t k, const s
   return {y, winners, counts};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> max_pool_k_winners2d(const Tensor& x, int64_t k,
-                                                                const std::optional<Tensor>& duty_cycle,
-                                                                const std::optional<Tensor>& boost_strength,
-                                                                int64_t pool) {
+using Pooled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// mean and scale: null, or (C,) in the accumulator type.
+Pooled pooled(const Tensor& x, const void* mean, const void* scale, int64_t k, const std::optional<Tensor>& duty_cycle,
+              const std::optional<Tensor>& boost_strength, int64_t pool) {
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = H / pool, Q = W / pool, n = C * P * Q;
   const bool channels_last = !x.is_contiguous();
   STD_TORCH_CHECK(C * H * W <= INT32_MAX, "max_pool_k_winners2d: wants maps of at most 2^31 - 1 units, got ", C * H * W);
@@ -71,11 +73,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> max_pool_k_winners2d(const Tensor& x,
   const PooledArgs args{{dtype_of("max_pool_k_winners2d", x), x.data_ptr(), y.data_ptr(),
                          static_cast<uint8_t*>(winners.data_ptr()),
                          boost_factors(duty_cycle, boost_strength, k, n, C, inner), n, k, C, inner},
-                        C, H, W, pool, channels_last, static_cast<int32_t*>(offsets.data_ptr())};
+                        C, H, W, pool, channels_last, static_cast<int32_t*>(offsets.data_ptr()), mean, scale};
   count_rows(x, B, C * H * W, counts, [&](int64_t begin, int64_t end, int64_t* part) {
     SPARSEKERN_SELECT(k_winners).forward_pooled(args, begin, end, part);
   });
   return {y, winners, offsets, counts};
+}
+
+Pooled max_pool_k_winners2d(const Tensor& x, int64_t k, const std::optional<Tensor>& duty_cycle,
+                            const std::optional<Tensor>& boost_strength, int64_t pool) {
+  return pooled(x, nullptr, nullptr, k, duty_cycle, boost_strength, pool);
+}
+
+Pooled norm_max_pool_k_winners2d(const Tensor& x, const Tensor& mean, const Tensor& scale, int64_t k,
+                                 const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
+                                 int64_t pool) {
+  const Tensor mean_values = torch::stable::contiguous(mean), scale_values = torch::stable::contiguous(scale);
+  return pooled(x, mean_values.data_ptr(), scale_values.data_ptr(), k, duty_cycle, boost_strength, pool);
+}
+
+// Rows (B, 2, C) summed over B, in order.
+std::vector<double> add_rows(const std::vector<double>& rows, int64_t B, int64_t C) {
+  std::vector<double> sums(size_t(2 * C), 0.0);
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t i = 0; i < 2 * C; i++) sums[size_t(i)] += rows[size_t(b * 2 * C + i)];
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> channel_moments(const Tensor& x) {
+  const int64_t B = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3);
+  const DType dtype = dtype_of("channel_moments", x);
+  std::vector<double> rows(size_t(B * 2 * C));
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    SPARSEKERN_SELECT(k_winners).moments(dtype, x.data_ptr(), !x.is_contiguous(), C, pixels, rows.data(), begin, end);
+  });
+  const std::vector<double> sums = add_rows(rows, B, C);
+  const ScalarType type = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  Tensor mean = torch::stable::new_empty(x, {C}, type), variance = torch::stable::new_empty(x, {C}, type);
+  const auto set = [&](const Tensor& t, int64_t c, double value) {
+    if (dtype == DType::f64) static_cast<double*>(t.data_ptr())[c] = value;
+    else static_cast<float*>(t.data_ptr())[c] = float(value);
+  };
+  for (int64_t c = 0; c < C; c++) {
+    const double centre = sums[size_t(c)] / double(B);
+    double squares = sums[size_t(C + c)]; // within the samples, and between their means
+    for (int64_t b = 0; b < B; b++) {
+      const double d = rows[size_t(b * 2 * C + c)] - centre;
+      squares += d * d * double(pixels);
+    }
+    set(mean, c, centre);
+    set(variance, c, squares / double(B * pixels));
+  }
+  return {mean, variance};
+}
+
+Tensor norm_max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& y, const Tensor& winners,
+                                          const Tensor& offsets, const Tensor& x, const Tensor& mean,
+                                          const Tensor& scale) {
+  const int64_t B = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3), locations = y.size(2) * y.size(3);
+  const bool channels_last = !x.is_contiguous();
+  Tensor grad_x = empty_maps(x, {B, C, x.size(2), x.size(3)}, channels_last);
+  const Tensor mean_values = torch::stable::contiguous(mean), scale_values = torch::stable::contiguous(scale);
+  const NormGradArgs args{dtype_of("norm_max_pool_k_winners2d_backward", x), grad_y.data_ptr(), y.data_ptr(),
+                          static_cast<const uint8_t*>(winners.data_ptr()),
+                          static_cast<const int32_t*>(offsets.data_ptr()), x.data_ptr(), grad_x.data_ptr(),
+                          mean_values.data_ptr(), scale_values.data_ptr(), C * locations, offsets.size(1), C,
+                          channels_last ? 1 : locations, pixels, channels_last};
+  std::vector<double> rows(size_t(B * 2 * C));
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    SPARSEKERN_SELECT(k_winners).norm_grad_sums(args, rows.data(), begin, end);
+  });
+  std::vector<double> means = add_rows(rows, B, C);
+  for (double& m : means) m /= double(B * pixels);
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    SPARSEKERN_SELECT(k_winners).norm_grad(args, means.data(), begin, end);
+  });
+  return grad_x;
 }
 
 Tensor max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& winners, const Tensor& offsets, int64_t H,
@@ -124,6 +197,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("k_winners_backward", TORCH_BOX(&k_winners_backward));
   m.impl("max_pool_k_winners2d", TORCH_BOX(&max_pool_k_winners2d));
   m.impl("max_pool_k_winners2d_backward", TORCH_BOX(&max_pool_k_winners2d_backward));
+  m.impl("channel_moments", TORCH_BOX(&channel_moments));
+  m.impl("norm_max_pool_k_winners2d", TORCH_BOX(&norm_max_pool_k_winners2d));
+  m.impl("norm_max_pool_k_winners2d_backward", TORCH_BOX(&norm_max_pool_k_winners2d_backward));
   m.impl("update_duty_cycle_", TORCH_BOX(&update_duty_cycle_));
 }
 

@@ -211,6 +211,23 @@ SPARSEKERN_INLINE int64_t count_bits(const uint8_t* winners, int64_t begin, int6
   return total;
 }
 
+// f(unit, channel) for each set bit of a row, in order.
+template <class F>
+SPARSEKERN_INLINE void for_winners(const uint8_t* winners, int64_t n, int64_t channels, int64_t inner, const F& f) {
+  int64_t channel = 0, end = inner; // with inner = 1 `channel` is the first unit of the pixel; no divisions
+  for (int64_t j = 0; j < n; j += kLanes)
+    for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1) {
+      const int64_t u = j + __builtin_ctz(bits);
+      if (inner == 1) {
+        for (; u >= channel + channels; channel += channels) {}
+        f(u, u - channel);
+      } else {
+        for (; u >= end; end += inner) channel = channel + 1 == channels ? 0 : channel + 1;
+        f(u, channel);
+      }
+    }
+}
+
 // The wins of a row by its bits, where they were not counted lane by lane.
 void count_row(const uint8_t* winners, const KWinnersArgs& a, int64_t* counts) {
   if (a.inner >= kLanes) {
@@ -218,18 +235,7 @@ void count_row(const uint8_t* winners, const KWinnersArgs& a, int64_t* counts) {
       counts[c] += count_bits(winners, u, u + a.inner < a.n ? u + a.inner : a.n);
     return;
   }
-  int64_t channel = 0, end = a.inner; // of the unit: its channel, and the first unit of the next one (no divisions)
-  for (int64_t j = 0; j < a.n; j += kLanes)
-    for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1) {
-      const int64_t u = j + __builtin_ctz(bits);
-      if (a.inner == 1) {
-        for (; u >= channel + a.channels; channel += a.channels) {}
-        counts[u - channel]++;
-      } else {
-        for (; u >= end; end += a.inner) channel = channel + 1 == a.channels ? 0 : channel + 1;
-        counts[channel]++;
-      }
-    }
+  for_winners(winners, a.n, a.channels, a.inner, [&](int64_t, int64_t channel) { counts[channel]++; });
 }
 
 // Output, bits and, if `lanes` is given, counts: unit j's at lanes[j % period].
@@ -389,6 +395,24 @@ template <class T> void pool_map(const T* x, const PooledArgs& a, acc_t<T>* most
       }
 }
 
+// Pooled values normalised and rounded to T, in place.
+template <class T> void normalise(const PooledArgs& a, acc_t<T>* most) {
+  using A = acc_t<T>;
+  const A *mean = static_cast<const A*>(a.mean), *scale = static_cast<const A*>(a.scale);
+  const auto rounded = [](A v) {
+    T stored;
+    from_acc(v, stored);
+    return to_acc(stored);
+  };
+  const int64_t locations = a.rows.n / a.C;
+  if (a.channels_last)
+    for (int64_t p = 0; p < locations; p++, most += a.C)
+      for (int64_t c = 0; c < a.C; c++) most[c] = rounded((most[c] - mean[c]) * scale[c]);
+  else
+    for (int64_t c = 0; c < a.C; c++, most += locations)
+      for (int64_t p = 0; p < locations; p++) most[p] = rounded((most[p] - mean[c]) * scale[c]);
+}
+
 template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
   using A = acc_t<T>;
   using K = key_t<T>;
@@ -412,6 +436,7 @@ template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, 
       continue;
     }
     pool_map(x, a, most, taken);
+    if (a.mean != nullptr) normalise<T>(a, most);
     K lo, hi;
     if (a.rows.factors != nullptr) make_keys<A, true>(most, a.rows.factors, n, keys, lo, hi);
     else make_keys<A, false>(most, nullptr, n, keys, lo, hi);
@@ -435,7 +460,8 @@ template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, 
       std::memset(y, 0, size_t(n) * sizeof(T));
       for (int64_t j = 0; j < n; j += kLanes)
         for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1)
-          y[j + __builtin_ctz(bits)] = x[*offsets++];
+          if (a.mean != nullptr) from_acc(most[j + __builtin_ctz(bits)], y[j + __builtin_ctz(bits)]);
+          else y[j + __builtin_ctz(bits)] = x[*offsets++];
     }
     if (lanes == nullptr) count_row(winners, a.rows, counts);
   }
@@ -466,6 +492,101 @@ void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winners, co
   });
 }
 
+// One sample's channel means and sums of squared deviations from them: two passes while it is in the cache.
+template <class T>
+void moments_of(const T* x, bool channels_last, int64_t C, int64_t pixels, double* mean, double* squares, acc_t<T>* sums) {
+  using A = acc_t<T>;
+  if (!channels_last) {
+    for (int64_t c = 0; c < C; c++, x += pixels) {
+      for (int pass = 0; pass < 2; pass++) {
+        const vec<A> centre = splat(pass == 0 ? A(0) : A(mean[c]));
+        vec<A> total = {};
+        for (int64_t p = 0; p < pixels; p += kLanes) {
+          const int64_t n = pixels - p < kLanes ? pixels - p : kLanes;
+          vec<A> v = load_first(x + p, n);
+          if (pass == 1) {
+            v -= centre;
+            for (int64_t l = n; l < kLanes; l++) v[l] = 0;
+            v *= v;
+          }
+          total += v;
+        }
+        (pass == 0 ? mean : squares)[c] = double(sum<A>(total)) / (pass == 0 ? double(pixels) : 1.0);
+      }
+    }
+    return;
+  }
+  A* centres = sums + C;
+  for (int pass = 0; pass < 2; pass++) {
+    for (int64_t c = 0; c < C; c++) sums[c] = 0;
+    for (int64_t p = 0; p < pixels; p++)
+      for (int64_t c = 0; c < C; c++) {
+        const A v = to_acc(x[p * C + c]);
+        if (pass == 0) sums[c] += v;
+        else sums[c] += (v - centres[c]) * (v - centres[c]);
+      }
+    for (int64_t c = 0; c < C; c++) {
+      (pass == 0 ? mean : squares)[c] = double(sums[c]) / (pass == 0 ? double(pixels) : 1.0);
+      if (pass == 0) centres[c] = A(mean[c]);
+    }
+  }
+}
+
+void moments(DType dtype, const void* x, bool channels_last, int64_t C, int64_t pixels, double* moments, int64_t begin,
+             int64_t end) {
+  dispatch(dtype, [&]<class T>() {
+    auto* sums = static_cast<acc_t<T>*>(scratch(kPooled, size_t(2 * C) * sizeof(acc_t<T>)));
+    for (int64_t row = begin; row < end; row++)
+      moments_of(static_cast<const T*>(x) + row * C * pixels, channels_last, C, pixels, moments + row * 2 * C,
+                 moments + (row * 2 + 1) * C, sums);
+  });
+}
+
+void norm_grad_sums(const NormGradArgs& a, double* sums, int64_t begin, int64_t end) {
+  const int64_t bytes = (a.n + kLanes - 1) / kLanes * 2;
+  dispatch(a.dtype, [&]<class T>() {
+    for (int64_t row = begin; row < end; row++) {
+      const T *g = static_cast<const T*>(a.grad_y) + row * a.n, *y = static_cast<const T*>(a.y) + row * a.n;
+      double* sum = sums + row * 2 * a.C;
+      for (int64_t c = 0; c < 2 * a.C; c++) sum[c] = 0;
+      for_winners(a.winners + row * bytes, a.n, a.C, a.inner, [&](int64_t u, int64_t c) {
+        const double gradient = double(to_acc(g[u]));
+        sum[c] += gradient;
+        sum[a.C + c] += gradient * double(to_acc(y[u]));
+      });
+    }
+  });
+}
+
+void norm_grad(const NormGradArgs& a, const double* means, int64_t begin, int64_t end) {
+  const int64_t bytes = (a.n + kLanes - 1) / kLanes * 2, map = a.C * a.pixels;
+  dispatch(a.dtype, [&]<class T>() {
+    using A = acc_t<T>;
+    const A *mean = static_cast<const A*>(a.mean), *scale = static_cast<const A*>(a.scale);
+    A* constant = static_cast<A*>(scratch(kPooled, size_t(2 * a.C) * sizeof(A)));
+    A* linear = constant + a.C; // of x in what reaches every element
+    for (int64_t c = 0; c < a.C; c++) {
+      linear[c] = A(-double(scale[c]) * double(scale[c]) * means[a.C + c]);
+      constant[c] = A(-double(scale[c]) * means[c] + double(scale[c]) * double(scale[c]) * means[a.C + c] * double(mean[c]));
+    }
+    for (int64_t row = begin; row < end; row++) {
+      const T *x = static_cast<const T*>(a.x) + row * map, *g = static_cast<const T*>(a.grad_y) + row * a.n;
+      T* out = static_cast<T*>(a.grad_x) + row * map;
+      if (a.channels_last)
+        for (int64_t p = 0; p < a.pixels; p++)
+          for (int64_t c = 0; c < a.C; c++) from_acc(to_acc(x[p * a.C + c]) * linear[c] + constant[c], out[p * a.C + c]);
+      else
+        for (int64_t c = 0; c < a.C; c++)
+          for (int64_t p = c * a.pixels; p < (c + 1) * a.pixels; p++) from_acc(to_acc(x[p]) * linear[c] + constant[c], out[p]);
+      const int32_t* offset = a.offsets + row * a.k;
+      for_winners(a.winners + row * bytes, a.n, a.C, a.inner, [&](int64_t u, int64_t c) {
+        const int64_t at = *offset++;
+        from_acc(to_acc(x[at]) * linear[c] + constant[c] + scale[c] * to_acc(g[u]), out[at]);
+      });
+    }
+  });
+}
+
 void update(float* duty_cycle, const int64_t* counts, int64_t channels, double keep, double divisor) {
   for (int64_t c = 0; c < channels; c++)
     duty_cycle[c] = float(double(duty_cycle[c]) * keep + double(counts[c]) / divisor);
@@ -473,7 +594,7 @@ void update(float* duty_cycle, const int64_t* counts, int64_t channels, double k
 
 } // namespace
 
-const KWinnersKernels SPARSEKERN_TABLE(k_winners) = {boost_factors,  forward,         backward,
-                                                       forward_pooled, backward_pooled, update};
+const KWinnersKernels SPARSEKERN_TABLE(k_winners) = {
+    boost_factors, forward, backward, forward_pooled, backward_pooled, moments, norm_grad_sums, norm_grad, update};
 
 } // namespace sparsekern

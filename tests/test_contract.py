@@ -93,7 +93,7 @@ def test_functional_and_reference_have_one_signature(name):
 SIGNATURES = {
     "KWinners": "(n, k=None, *, density=None, k_inference_factor=1.5, boost_strength=1.0, boost_strength_factor=1.0,"
     " duty_cycle_period=1000)",
-    "KWinners2d": "(channels, k=None, *, density=None, local=False, max_pool=1, k_inference_factor=1.5,"
+    "KWinners2d": "(channels, k=None, *, density=None, local=False, norm=None, max_pool=1, k_inference_factor=1.5,"
     " boost_strength=1.0, boost_strength_factor=1.0, duty_cycle_period=1000)",
     "SparseLinear": "(in_features, out_features, bias=True, *, density, group_size=1, sparse_input_grad=False,"
     " device=None, dtype=None)",
@@ -137,6 +137,17 @@ def samples():
         "update_duty_cycle_": (duty_cycle, torch.tensor(5), counts, 1000, 1, 1),
         "max_pool_k_winners2d": (torch.randn(2, 3, 6, 5), 4, torch.rand(3), torch.tensor(1.0), 2),
         "max_pool_k_winners2d_backward": (torch.randn(2, 3, 3, 2), pooled_winners, offsets, 6, 5, False),
+        "channel_moments": (image,),
+        "norm_max_pool_k_winners2d": (image, torch.zeros(3), torch.ones(3), 4, torch.rand(3), torch.tensor(1.0), 2),
+        "norm_max_pool_k_winners2d_backward": (
+            torch.randn(2, 3, 3, 2),
+            torch.randn(2, 3, 3, 2),
+            pooled_winners,
+            offsets,
+            image,
+            torch.zeros(3),
+            torch.ones(3),
+        ),
         "sparse_linear": (x, weight, torch.randn(24), ccol, row, 24),
         "sparse_linear_grad_input": (grad_y, x, weight, ccol, row, True),
         "sparse_linear_grad_weight": (grad_y, x, ccol, row, 8),

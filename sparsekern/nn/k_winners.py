@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from sparsekern.ops import _check
 from sparsekern.ops.k_winners import (
+    channel_moments,
     k_winners2d_counted,
     k_winners_counted,
     max_pool_k_winners2d_counted,
+    norm_max_pool_k_winners2d_counted,
     update_duty_cycle_,
 )
 
@@ -227,6 +229,38 @@ class KWinners(_KWinnersBase):
         return f"{self.n}, {super().extra_repr()}"
 
 
+def _norm_fuses(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a module before pooling is batch norm and nothing else, which keeps the order of a channel's units."""
+    if type(norm) is not nn.BatchNorm2d or norm.affine or norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    if norm.num_features != x.shape[1] or torch._C._are_functorch_transforms_active():
+        return False
+    if norm.training or norm.running_mean is None:
+        return x[:, 0].numel() > 1
+    return not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _dense_format(x: Tensor) -> Tensor:
+    """x contiguous or channels-last, as it is if it is one of them."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+@torch.no_grad()
+def _norm_mean_and_scale(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What batch norm takes from x and multiplies by, by channel; moves the running moments as the module would."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if not (norm.training or norm.running_mean is None):
+        return norm.running_mean.to(dtype), torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    mean, variance = channel_moments(x)
+    if norm.training and norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+        n = x[:, 0].numel()
+        for running, new in ((norm.running_mean, mean), (norm.running_var, variance * (n / (n - 1)))):
+            step = new.to(running.dtype) - running
+            running.add_(step / norm.num_batches_tracked if norm.momentum is None else step * norm.momentum)
+    return mean, torch.rsqrt(variance + norm.eps)
+
+
 class KWinners2d(_KWinnersBase):
     """k-winners of a feature map, the duty cycle kept per channel (section 3.2).
 
@@ -238,6 +272,9 @@ class KWinners2d(_KWinnersBase):
         k: winners of each sample (of each location if local) in training.
         density: k as a fraction of the units chosen from, in (0, 1]; exactly one of k and density is given.
         local: choose winners at each location rather than in the whole map.
+        norm: a module applied before pooling, ``nn.BatchNorm2d`` for instance, as if it came before this layer. On a CPU,
+            ``nn.BatchNorm2d(channels, affine=False)`` takes part in the one pass of max_pool: the same to rounding, but
+            its gradient in training cannot be differentiated again.
         max_pool: the side of the windows whose maxima compete, as behind ``nn.MaxPool2d(max_pool)`` but in one pass,
             whose backward touches the winners alone; 1 for no pooling.
         k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period: as in :class:`KWinners`.
@@ -254,6 +291,7 @@ class KWinners2d(_KWinnersBase):
         *,
         density: float | None = None,
         local: bool = False,
+        norm: nn.Module | None = None,
         max_pool: int = 1,
         k_inference_factor: float = 1.5,
         boost_strength: float = 1.0,
@@ -262,6 +300,8 @@ class KWinners2d(_KWinnersBase):
     ):
         _check.integer("KWinners2d", "channels", channels, 1)
         _check.integer("KWinners2d", "max_pool", max_pool, 1)
+        if norm is not None and not isinstance(norm, nn.Module):
+            raise TypeError(f"KWinners2d: wants a module or None for norm, got {type(norm).__name__}")
         super().__init__(
             channels if local else None,
             channels,
@@ -275,6 +315,7 @@ class KWinners2d(_KWinnersBase):
         self.channels = channels
         self.local = local
         self.max_pool = max_pool
+        self.norm = norm
         self._units: int | None = channels if local else None  # of the last map seen; for max_entropy
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,13 +332,20 @@ class KWinners2d(_KWinnersBase):
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
         # In one pass, unless there is nothing to choose.
         fused = self.max_pool > 1 and not (relu or self.local) and x.device.type == "cpu"
+        norm_fused = fused and self.norm is not None and _norm_fuses(self.norm, x)
+        if self.norm is not None and not norm_fused:
+            x = self.norm(x)
         if self.max_pool > 1 and not fused:
             x = nn.functional.max_pool2d(x, self.max_pool)
         if relu:
             return torch.relu(x)
         self._units = n
         k, duty_cycle, boost_strength = self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"]
-        if fused:
+        if norm_fused:
+            x = _dense_format(x)
+            mean, scale = _norm_mean_and_scale(self.norm, x)
+            y, counts = norm_max_pool_k_winners2d_counted(x, mean, scale, k, duty_cycle, boost_strength, self.max_pool)
+        elif fused:
             y, counts = max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, self.max_pool)
         else:
             y, counts = k_winners2d_counted(x, k, duty_cycle, boost_strength, self.local)

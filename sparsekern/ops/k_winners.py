@@ -33,6 +33,11 @@ def _max_pool_k_winners2d_backward_fake(grad_y, winners, offsets, height, width,
     return torch.empty(shape, dtype=grad_y.dtype, device=grad_y.device, memory_format=memory_format)
 
 
+def _channel_moments_fake(x):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((x.shape[1],), dtype=dtype), x.new_empty((x.shape[1],), dtype=dtype)
+
+
 # Rows of n units in memory order, x contiguous. Unit u belongs to channel `u // inner % channels`, whose duty cycle
 # boosts it and which its win is counted for: a plain layer has channels = n and inner = 1, (B, C, H, W) rows have
 # channels = C and inner = H * W, channels-last rows channels = C and inner = 1. Ties go to the lowest index in
@@ -64,6 +69,26 @@ define(
     reference=reference.max_pool_k_winners2d_backward,
     fake=_max_pool_k_winners2d_backward_fake,
 )
+# Batch norm without learned scale and shift, pooling and k-winners: each channel's mean and variance over (B, H, W) in
+# float32 (float64 of float64); then k-winners of the maxima of (x - mean) * scale, rounded to x's type, where pooling may
+# come first as scale > 0; and the gradient for scale = 1 / deviation and mean taken from x itself.
+define(
+    "channel_moments(Tensor x) -> (Tensor mean, Tensor variance)",
+    reference=reference.channel_moments,
+    fake=_channel_moments_fake,
+)
+define(
+    "norm_max_pool_k_winners2d(Tensor x, Tensor mean, Tensor scale, int k, Tensor? duty_cycle, Tensor? boost_strength,"
+    " int pool) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
+    reference=reference.norm_max_pool_k_winners2d,
+    fake=lambda x, mean, scale, *args: _max_pool_k_winners2d_fake(x, *args),
+)
+define(
+    "norm_max_pool_k_winners2d_backward(Tensor grad_y, Tensor y, Tensor winners, Tensor offsets, Tensor x, Tensor mean,"
+    " Tensor scale) -> Tensor",
+    reference=reference.norm_max_pool_k_winners2d_backward,
+    fake=lambda grad_y, y, winners, offsets, x, mean, scale: torch.empty_like(x),
+)
 define(
     "update_duty_cycle_(Tensor(a!) duty_cycle, Tensor(b!) samples_seen, Tensor counts, int period,"
     " int rows_per_sample, int locations) -> ()",
@@ -77,6 +102,9 @@ _k_winners = torch.ops.sparsekern.k_winners.default
 _k_winners_backward = torch.ops.sparsekern.k_winners_backward.default
 _max_pool_k_winners2d = torch.ops.sparsekern.max_pool_k_winners2d.default
 _max_pool_k_winners2d_backward = torch.ops.sparsekern.max_pool_k_winners2d_backward.default
+channel_moments = torch.ops.sparsekern.channel_moments.default
+_norm_max_pool_k_winners2d = torch.ops.sparsekern.norm_max_pool_k_winners2d.default
+_norm_max_pool_k_winners2d_backward = torch.ops.sparsekern.norm_max_pool_k_winners2d_backward.default
 update_duty_cycle_ = torch.ops.sparsekern.update_duty_cycle_.default
 
 
@@ -152,6 +180,33 @@ class MaxPoolKWinners2dFunction(Function):
         return body(grad_y, winners, offsets, *ctx.size, ctx.channels_last), None, None, None, None
 
 
+class NormMaxPoolKWinners2dFunction(Function):
+    """The op on a map with its own mean and scale (batch norm in training), which its gradient goes through."""
+
+    @staticmethod
+    def forward(x, mean, scale, k, duty_cycle, boost_strength, pool):
+        return _norm_max_pool_k_winners2d(x, mean, scale, k, duty_cycle, boost_strength, pool)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, mean, scale = inputs[:3]
+        y, winners, offsets, counts = output
+        ctx.mark_non_differentiable(winners, offsets, counts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, winners, offsets, x, mean, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_winners, grad_offsets, grad_counts):
+        if grad_y is None:
+            return (None,) * 7
+        y, winners, offsets, x, mean, scale = ctx.saved_tensors
+        channels_last = not x.is_contiguous()
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        grad_x = _norm_max_pool_k_winners2d_backward(grad_y, y, winners, offsets, x, mean, scale)
+        return grad_x, None, None, None, None, None, None
+
+
 def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[Tensor, Tensor]:
     """The op on contiguous rows (rows, n), differentiably: the output and the counts."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -222,6 +277,18 @@ def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool) -> tupl
         y, _, _, counts = MaxPoolKWinners2dFunction.apply(x, k, duty_cycle, boost_strength, pool)
     else:
         y, _, _, counts = _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+    return y, counts
+
+
+def norm_max_pool_k_winners2d_counted(x, mean, scale, k, duty_cycle, boost_strength, pool) -> tuple[Tensor, Tensor]:
+    """The same behind batch norm by x's own mean and scale (C,), which may not need a gradient of a gradient."""
+    _, C, H, W = x.shape
+    check_k_winners("k_winners2d", x, k, C * (H // pool) * (W // pool), duty_cycle, C)
+    args = (x, mean, scale, k, duty_cycle, boost_strength, pool)
+    if x.requires_grad and torch.is_grad_enabled():
+        y, _, _, counts = NormMaxPoolKWinners2dFunction.apply(*args)
+    else:
+        y, _, _, counts = _norm_max_pool_k_winners2d(*args)
     return y, counts
 
 

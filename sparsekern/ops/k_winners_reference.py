@@ -85,17 +85,22 @@ def max_pool_k_winners2d(
     boost_strength: Tensor | None,  # () float32
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, W = x.shape[1], x.shape[3]
     channels_last = not x.is_contiguous()
-    pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)  # taken: h * W + w
+    pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)
     inner = 1 if channels_last else pooled.shape[2] * pooled.shape[3]
-    y, winners, counts = k_winners(map_rows(pooled, channels_last), k, duty_cycle, boost_strength, C, inner)
-    y = from_map_rows(y, pooled.shape, channels_last)
-    channel = torch.arange(C, device=x.device).view(-1, 1, 1)
-    offset = map_rows(taken * C + channel if channels_last else taken + channel * (x.shape[2] * W), channels_last)
+    y, winners, counts = k_winners(map_rows(pooled, channels_last), k, duty_cycle, boost_strength, x.shape[1], inner)
+    offsets = winners_offsets(taken, winners, k, x.shape, channels_last)
+    return from_map_rows(y, pooled.shape, channels_last), winners, offsets, counts
+
+
+def winners_offsets(taken: Tensor, winners: Tensor, k: int, shape: torch.Size, channels_last: bool) -> Tensor:
+    """Where in their maps (C, H, W) or (H, W, C) the winners were taken from; taken (B, C, P, Q): h * W + w."""
+    _, C, H, W = shape
+    channel = torch.arange(C, device=taken.device).view(-1, 1, 1)
+    offset = map_rows(taken * C + channel if channels_last else taken + channel * (H * W), channels_last)
     # The winners' units in order: a stable sort, as nonzero would wait for the device.
     order = unpack_winners(winners, offset.shape[1]).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return y, winners, offset.gather(1, order[:, :k]).int(), counts
+    return offset.gather(1, order[:, :k]).int()
 
 
 def max_pool_k_winners2d_backward(
@@ -112,6 +117,57 @@ def max_pool_k_winners2d_backward(
     grad_x = rows.new_zeros(B, C * height * width)
     grad_x = grad_x.scatter(1, offsets.long(), rows.gather(1, order[:, : offsets.shape[1]]))
     return from_map_rows(grad_x, (B, C, height, width), channels_last)
+
+
+def channel_moments(
+    x: Tensor,  # (B, C, H, W)
+) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def normalise(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """``(x - mean) * scale`` by channel, in the type of mean, rounded to x's."""
+    return ((x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)).to(x.dtype)
+
+
+def norm_max_pool_k_winners2d(
+    x: Tensor,  # (B, C, H, W)
+    mean: Tensor,  # (C,) float32, or float64 for float64
+    scale: Tensor,  # (C,), above 0
+    k: int,
+    duty_cycle: Tensor | None,  # (C,)
+    boost_strength: Tensor | None,  # () float32
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels_last = not x.is_contiguous()
+    pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)
+    units = normalise(pooled, mean, scale)
+    inner = 1 if channels_last else units.shape[2] * units.shape[3]
+    y, winners, counts = k_winners(map_rows(units, channels_last), k, duty_cycle, boost_strength, x.shape[1], inner)
+    offsets = winners_offsets(taken, winners, k, x.shape, channels_last)
+    return from_map_rows(y, units.shape, channels_last), winners, offsets, counts
+
+
+def norm_max_pool_k_winners2d_backward(
+    grad_y: Tensor,  # (B, C, P, Q)
+    y: Tensor,  # (B, C, P, Q)
+    winners: Tensor,  # (B, 2 * ceil(C * P * Q / 16)) uint8
+    offsets: Tensor,  # (B, k) int32
+    x: Tensor,  # (B, C, H, W)
+    mean: Tensor,  # (C,)
+    scale: Tensor,  # (C,)
+) -> Tensor:
+    channels_last = not x.is_contiguous()
+    wide, wide_y = grad_y.to(mean.dtype), y.to(mean.dtype)
+    grad = max_pool_k_winners2d_backward(wide, winners, offsets, x.shape[2], x.shape[3], channels_last)
+    sent = unpack_winners(winners, y[0].numel())  # losers send nothing back
+    wide = from_map_rows(map_rows(wide, channels_last) * sent, y.shape, channels_last)
+    elements = x.shape[0] * x.shape[2] * x.shape[3]
+    means = [(t.sum((0, 2, 3)) / elements).view(-1, 1, 1) for t in (wide, wide * wide_y)]
+    units = (x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+    return (scale.view(-1, 1, 1) * (grad - means[0] - units * means[1])).to(x.dtype)
 
 
 def update_duty_cycle_(

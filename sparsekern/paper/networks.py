@@ -109,12 +109,13 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
             if behind_k_winners
             else nn.Conv2d(channels, filters, KERNEL)
         )
-        if network.batch_norm:
-            layers[f"norm{i}"] = nn.BatchNorm2d(filters, affine=False)
+        norm = nn.BatchNorm2d(filters, affine=False) if network.batch_norm else None
         behind_k_winners = not dense and k < filters * side * side
         if behind_k_winners and not plain:
-            layers[f"winners{i}"] = sk.KWinners2d(filters, k, max_pool=POOL, **_boosting(network))
+            layers[f"winners{i}"] = sk.KWinners2d(filters, k, norm=norm, max_pool=POOL, **_boosting(network))
         else:
+            if norm is not None:
+                layers[f"norm{i}"] = norm
             layers[f"pool{i}"] = nn.MaxPool2d(POOL)
             layers[f"winners{i}"] = PlainKWinners2d(filters, k, **_boosting(network)) if behind_k_winners else nn.ReLU()
         channels = filters
