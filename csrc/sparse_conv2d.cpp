@@ -62,9 +62,9 @@ double dense_product(DType dtype) {
   return 1.0;
 }
 
-// Whether the kernels are faster than the dense convolution where a fraction of what they walk over is active: the time of
-// both for one pixel of it, in float32 products of 16 channels (0.3 ns). Fitted to eight shapes (3->64 7x7 to 256->64 1x1) at
-// B=4 and 16, one thread; it gives the measured break-even within 0.1, on the side of the dense way.
+// Whether the kernels are faster than the dense convolution where a fraction of what they walk over is active: the time
+// of both for one pixel of it, in float32 products of 16 channels (0.3 ns). Fitted to eight shapes (3->64 7x7 to 256->64
+// 1x1) at B=4 and 16, one thread; it gives the measured break-even within 0.1, on the side of the dense way.
 bool sparse_pays(const Conv2d& conv, bool transposed, double active) {
   if (!sparse_possible(conv)) return false;
   const Cost cost = kernels().cost;
