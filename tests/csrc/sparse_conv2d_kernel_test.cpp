@@ -90,8 +90,10 @@ template <class T> void compare(const char* name, const Conv2d& conv, const Valu
     const double found = double(to_acc(got[size_t(place(shape, i))]));
     const double bound = store * std::abs(value) + sums * (wanted.absolute[size_t(i)] + std::abs(value)) + least;
     expect(std::abs(found - value) <= bound,
-           "%s: dtype %d, B %lld, C %lld, O %lld, kernel %lldx%lld, stride %lldx%lld, %s: element %lld is %.9g, wanted %.9g",
-           name, int(conv.dtype), (long long)conv.B, (long long)conv.C, (long long)conv.O, (long long)conv.KH, (long long)conv.KW,
+           "%s: dtype %d, B %lld, C %lld, O %lld, kernel %lldx%lld, stride %lldx%lld, %s: "
+           "element %lld is %.9g, wanted %.9g",
+           name, int(conv.dtype), (long long)conv.B, (long long)conv.C, (long long)conv.O, (long long)conv.KH,
+           (long long)conv.KW,
            (long long)conv.SH, (long long)conv.SW, shape.channels_last ? "channels last" : "contiguous", (long long)i,
            found, value);
   }
