@@ -87,7 +87,10 @@ def _groups_forward_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (tile of samples, group and tile of its lanes). With SKIP, weights of inputs that no sample of the tile has are not read."""
+    """Program (tile of samples, group and tile of its lanes).
+
+    With SKIP, weights of inputs that no sample of the tile has are not read.
+    """
     LANE_TILES: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     group = tl.program_id(1) // LANE_TILES
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
