@@ -60,7 +60,8 @@ template <class T> struct PaddedWeights {
     while (tail > 0 && w.ccol[tail] + kLanes > n) tail--;
     T* memory = (T*)scratch(kTail, size_t(n - w.ccol[tail] + kLanes) * sizeof(T));
     std::memset((void*)memory, 0, size_t(n - w.ccol[tail] + kLanes) * sizeof(T));
-    std::memcpy((void*)memory, weight + w.ccol[tail], size_t(n - w.ccol[tail]) * sizeof(T));
+    if (n > w.ccol[tail]) // no weights may have no memory
+      std::memcpy((void*)memory, weight + w.ccol[tail], size_t(n - w.ccol[tail]) * sizeof(T));
     copy = memory;
   }
   SPARSEKERN_INLINE const T* of_input(int64_t i) const {
@@ -116,6 +117,7 @@ SPARSEKERN_INLINE void pack_input(const LinearSupport& w, int64_t i, const acc_t
     for (int v = 0; v < 4; v++) {
       const uint32_t mask = uint32_t(word >> (16 * v) & 0xffff);
       const int64_t count = __builtin_popcount(mask);
+      if (count == 0) continue;
       store_first(grad + to, pack(mask, load(sums + k * 64 + v * kLanes)), last - to < kLanes ? count : kLanes);
       to += count;
     }
