@@ -1,15 +1,17 @@
-"""k-winners on GPUs: what test_triton_interpreter.py runs."""
+"""k-winners on GPUs: what test_triton_interpreter.py and test_cuda.py run."""
 
 import pytest
 import torch
 
 from sparsekern.ops import k_winners_long_triton as long
 from sparsekern.ops import k_winners_reference as reference
-from sparsekern.ops import k_winners_triton as body
+from sparsekern.ops import k_winners_triton
 from test_k_winners import VALUES
 from tolerance import DUTY_CYCLE, assert_same_bits
+from triton_device import OnDevice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+body = OnDevice(k_winners_triton)
 
 
 def assert_as_reference(x, k, boosted=False, channels=None, inner=1, what=""):
@@ -25,7 +27,7 @@ def assert_as_reference(x, k, boosted=False, channels=None, inner=1, what=""):
 
 @pytest.fixture
 def short_rows_are_long(monkeypatch):
-    monkeypatch.setattr(body, "REGISTERS_N", 64)
+    monkeypatch.setattr(k_winners_triton, "REGISTERS_N", 64)
     monkeypatch.setattr(long, "CHUNK", 128)
     monkeypatch.setattr(long, "SAMPLE", 64)
     monkeypatch.setattr(long, "SELECT_CHUNK", 256)
@@ -34,7 +36,7 @@ def short_rows_are_long(monkeypatch):
 @pytest.fixture
 def many_rows(monkeypatch):
     """Persistent programs that prefetch, as if the device had one multiprocessor only."""
-    monkeypatch.setattr(body, "multiprocessors", lambda x: 1)
+    monkeypatch.setattr(k_winners_triton, "multiprocessors", lambda x: 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

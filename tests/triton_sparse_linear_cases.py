@@ -1,4 +1,4 @@
-"""The sparse linear layer on GPUs: what test_triton_interpreter.py runs."""
+"""The sparse linear layer on GPUs: what test_triton_interpreter.py and test_cuda.py run."""
 
 import pytest
 import torch
@@ -6,11 +6,13 @@ import torch
 import sparsekern as sk
 from oracle import sparse_randn
 from sparsekern.ops import sparse_linear_reference as reference
-from sparsekern.ops import sparse_linear_triton as body
+from sparsekern.ops import sparse_linear_triton
 from sparsekern.ops.sparse_linear import pack_words
 from tolerance import assert_same_bits, assert_sums_close
+from triton_device import OnDevice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+body = OnDevice(sparse_linear_triton)
 
 
 def assert_as_reference(B, I, O, G=1, density=0.4, dtype=torch.float32, active=0.3, bias=True):
@@ -66,8 +68,8 @@ def test_sparse_linear_of_groups(dtype):
 @pytest.mark.parametrize("active", [0.01, 0.5])
 def test_sparse_linear_of_dictionaries(active, dtype, monkeypatch):
     """Lists that hold the active inputs, and lists that overflow: the dense product must take over."""
-    monkeypatch.setattr(body, "DICTIONARY_I", 64)
-    monkeypatch.setattr(body.by_gathers, "INPUTS_AN_ACTIVE_ONE", dict.fromkeys(DTYPES, 8))
+    monkeypatch.setattr(sparse_linear_triton, "DICTIONARY_I", 64)
+    monkeypatch.setattr(sparse_linear_triton.by_gathers, "INPUTS_AN_ACTIVE_ONE", dict.fromkeys(DTYPES, 8))
     assert_as_reference(35, 70, 5, density=1.0, dtype=dtype, active=active)
 
 
