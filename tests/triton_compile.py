@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
-# Bytes: some releases of ptxas spill a predicate or two at a branch, where registers are free.
-ALLOWED_SPILLS = 16
+# Bytes: some releases of ptxas spill a few registers at a branch, outside the loops.
+ALLOWED_SPILLS = 32
 TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
