@@ -67,13 +67,23 @@ def k_winners_fused(device: str, scale: float, compiled: bool) -> Row:
     ours, plain = (kind(n, k).to(device).train() for kind in (sk.KWinners, PlainKWinners))
     for layer in (ours, plain):
         layer.duty_cycle.uniform_(0, 0.2)
-    boosted = x.double() * torch.exp(ours.boost_strength * (k / n - ours.duty_cycle.double()))
-    same_winners(torch.where(ours.eval()(x) != 0, boosted, 0), boosted, ours._k(n), "k-winners")
+    _check_boosted(ours.eval(), x)
     ours.train()
     functions = {(OURS, "eager"): partial(ours, x), (TORCH, "eager"): partial(plain, x)}
     if compiled:
         functions[TORCH, "compile"] = partial(torch.compile(plain), x)
     return Row(functions, 0.0, bytes=2 * x.nbytes, training=True)
+
+
+def _check_boosted(layer: sk.KWinners, x: Tensor) -> None:
+    """Algorithm 1, to the rounding of the factors."""
+    k = layer._k(layer.n)
+    factors = torch.exp(layer.boost_strength.double() * (k / layer.n - layer.duty_cycle.double())).float()
+    y, boosted = layer(x), x * factors
+    won = torch.where(y == x, boosted, 0)
+    if not torch.equal(y[y != 0], x[y != 0]):
+        raise WrongResult("k-winners: a winner's value was changed")
+    same_winners(won, boosted, k, "k-winners")
 
 
 def selection(B: int, n: int, k: int, device: str, scale: float, compiled: bool) -> Row:

@@ -8,6 +8,7 @@ import torch
 import autoencoder
 import gpu
 import gpu_cases
+import gpu_crossovers
 from checking import WrongResult
 
 
@@ -51,3 +52,8 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys):
     x = torch.randn(2, 10)
     with pytest.raises(WrongResult, match="largest"):
         gpu_cases.same_winners(torch.where(x < 0, x, 0), x, 3, "smallest")
+
+
+def test_crossovers(capsys):
+    assert gpu_crossovers.main(["--device", "cpu"]) == 0
+    assert "of dense" in capsys.readouterr().out

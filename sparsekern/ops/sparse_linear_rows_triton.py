@@ -314,7 +314,7 @@ def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, support: Tenso
         PART=part,
         BLOCK_B=block_b(B),
         BLOCK_O=block_o,
-        BLOCK_K=16 if B == 1 else 32,
+        BLOCK_K=16 if B == 1 and (support is not None or x.dtype == torch.float32) else 32,
         num_warps=8 if B > 1 and (support is not None or x.dtype == torch.float32) else 4,
     )
     y = torch.empty((B, O), dtype=x.dtype, device=x.device)
