@@ -1,7 +1,6 @@
 #include "sparse_linear.h"
 
-#include <array>
-
+#include "sparse_linear_dense.h"
 #include "sparse_linear_ways.h"
 #include "tensor.h"
 
@@ -56,14 +55,30 @@ template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body&
   });
 }
 
-// Whether the dense way is the faster one. Counts the non-zeros of t, what the sparse way would skip zeros of, only where
-// they decide; null where it skips none.
+// About the fraction of t that is not zero, by stretches of it that depend on its size alone. Multiples of the golden ratio
+// spread them evenly, whatever the length of the rows.
+double estimate_active(DType dtype, const Tensor& t) {
+  constexpr int64_t kStretches = 32, kStretch = 128;
+  const int64_t n = t.numel();
+  if (n <= kStretches * kStretch) return double(kernels().count(dtype, t.const_data_ptr(), n)) / double(n);
+  int64_t count = 0;
+  double at = 0;
+  for (int64_t s = 0; s < kStretches; s++) {
+    const int64_t first = int64_t(at * double(n - kStretch));
+    count += kernels().count(dtype, (const char*)t.const_data_ptr() + first * int64_t(t.element_size()), kStretch);
+    at += 0.6180339887498949;
+    if (at >= 1) at -= 1;
+  }
+  return double(count) / double(kStretches * kStretch);
+}
+
+// Whether the dense way is the faster one. Looks for zeros of t, which the sparse way would skip, only where they decide;
+// null where it skips none.
 bool choose_dense(LinearWork work, const Tensor* t) {
   if (work.B == 0 || work.blocks == 0) return false;
   work.active = 1;
   if (t == nullptr || !dense_pays(work)) return dense_pays(work);
-  const int64_t count = kernels().count(work.dtype, t->const_data_ptr(), t->numel()) & (kNotFinite - 1);
-  work.active = double(count) / double(t->numel());
+  work.active = estimate_active(work.dtype, *t);
   return dense_pays(work);
 }
 
@@ -81,19 +96,18 @@ Tensor dense_weight(const LinearWork& work, const Tensor& weight) {
   return dense;
 }
 
-Tensor transpose(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
-// x W^T + bias for a weight (O, I).
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// x W^T + bias for a weight (I, O).
+Tensor dense_linear(const LinearWork& work, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor y = torch::stable::new_empty(x, {work.B, work.support.outputs}), dense = dense_weight(work, weight);
+  multiply(MatrixView::of(y), MatrixView::of(x), MatrixView::of(dense), bias ? bias->const_data_ptr() : nullptr);
+  return y;
 }
 
 Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                         bool at_nonzeros) {
-  Tensor grad_x = torch::stable::matmul(grad_y, transpose(dense_weight(work, weight)));
+  Tensor grad_x = torch::stable::new_empty(x, {work.B, work.support.inputs});
+  const Tensor dense = dense_weight(work, weight);
+  multiply(MatrixView::of(grad_x), MatrixView::of(grad_y), MatrixView::of(dense).transposed(), nullptr);
   if (at_nonzeros) {
     const int64_t size = int64_t(x.element_size());
     torch::stable::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
@@ -105,7 +119,14 @@ Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tens
 }
 
 void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, Tensor& grad_weight) {
-  const Tensor dense = torch::stable::matmul(transpose(x), grad_y);
+  const LinearSupport& w = work.support;
+  if (work.full() && w.outputs % w.group == 0) { // stored it is the dense matrix
+    const MatrixView out{(char*)grad_weight.mutable_data_ptr(), x.scalar_type(), int64_t(x.element_size()), w.inputs,
+                         w.outputs, w.outputs, 1};
+    return multiply(out, MatrixView::of(x).transposed(), MatrixView::of(grad_y), nullptr);
+  }
+  const Tensor dense = torch::stable::new_empty(x, {work.support.inputs, work.support.outputs});
+  multiply(MatrixView::of(dense), MatrixView::of(x).transposed(), MatrixView::of(grad_y), nullptr);
   torch::stable::parallel_for(0, work.support.inputs, 64, [&](int64_t begin, int64_t end) {
     kernels().collect(work.dtype, work.support, dense.const_data_ptr(), grad_weight.mutable_data_ptr(), begin, end);
   });
@@ -124,7 +145,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
   const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), 1};
-  if (choose_dense(work, &x)) return dense_linear(x, transpose(dense_weight(work, weight)), bias);
+  if (choose_dense(work, &x)) return dense_linear(work, x, weight, bias);
   Tensor y = torch::stable::new_empty(x, {B, out_features});
   if (work.by_panels()) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {

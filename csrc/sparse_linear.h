@@ -26,7 +26,7 @@ struct SparseLinearKernels {
   void (*grad_weight)(DType, const LinearSupport&, const void* grad_y, const void* x, void* grad_weight, int64_t B,
                       int64_t begin, int64_t end);
   // The same by panels of weights, dense in the first-level cache, for a part of the rows and columns: outputs, or
-  // inputs, [first, last), where first is a multiple of kLinearPanel. All factors must be finite: zeros are multiplied.
+  // inputs, [first, last), where first is a multiple of kLinearPanel. Zeros may be multiplied.
   void (*forward_panels)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
                          int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*grad_input_panels)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight,
@@ -37,7 +37,7 @@ struct SparseLinearKernels {
   void (*tile_rows)(DType, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
   void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, void* grad_weight, int64_t B,
                              int64_t begin, int64_t end);
-  // Non-zeros among n elements; adds 1 << 62 if any of them is infinite or NaN.
+  // Non-zeros among n < 2^31 elements.
   int64_t (*count)(DType, const void* x, int64_t n);
   // Lays the weights of inputs [begin, end) out as rows of a dense (I, O) matrix; the way back.
   void (*expand)(DType, const LinearSupport&, const void* weight, void* dense, int64_t begin, int64_t end);
@@ -46,7 +46,6 @@ struct SparseLinearKernels {
   void (*clear_at_zeros)(DType, const void* x, void* grad, int64_t n);
 };
 constexpr int64_t kLinearPanel = 64;
-constexpr int64_t kNotFinite = int64_t(1) << 62;
 
 extern const SparseLinearKernels sparse_linear_baseline, sparse_linear_avx2, sparse_linear_avx512;
 
