@@ -55,8 +55,8 @@ def define(schema: str, *, reference, fake) -> None:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed; finding out does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed, for NVIDIA GPUs; finding out does not import it."""
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
 
 
 def triton_body(reference):
