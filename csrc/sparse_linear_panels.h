@@ -1,5 +1,6 @@
 // Sparse rows times a dense matrix whose tiles of kPanel columns stay in the first-level cache.
 #pragma once
+#include "reg.h"
 #include "sparse_linear.h"
 #include "sparse_linear_bits.h"
 #include "sparse_linear_rows.h"
@@ -14,39 +15,48 @@ static_assert(kPanel == 4 * kLanes);
 // Rows of a tile: with kPanel columns 20 KB, which leaves room in a first-level cache of 32 KB for what streams by.
 template <class A> constexpr int64_t kTileRows = 320 / int64_t(sizeof(A));
 
-// sums (rows, kVectors * 16; stride) += the listed rows of the tile (kTileRows, kPanel), weighted.
-template <int kVectors, class A>
+// Registers of sums that are carried through a loop together: with a broadcast and a product they stay in registers.
+constexpr int kMaxSums = 8;
+
+// sums (rows, kRegs registers; stride) += the listed rows of the tile (kTileRows, kPanel), weighted.
+template <int kRegs, class A>
 void add_panel(RowLists<A> lists, int64_t rows, const A* tile, A* sums, int64_t stride) {
   for (int64_t q = 0; q < rows; q++) {
     const int64_t s = lists.order[q];
     int32_t p = lists.start[s];
     const int32_t end = lists.end[s];
     if (p == end) continue;
-    vec<A> sum[kVectors];
-    for (int v = 0; v < kVectors; v++) sum[v] = load(sums + s * stride + v * kLanes);
+    reg<A> sum[kRegs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRegs; r++) sum[r] = load_reg(sums + s * stride + r * kRegLanes<A>);
     for (; p < end; p++) {
-      const vec<A> a = splat(lists.value[p]);
+      const reg<A> a = lists.value[p] - reg<A>{};
       const A* row = tile + lists.offset[p];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) sum[v] = fma(a, load(row + v * kLanes), sum[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; r++) sum[r] = fma_reg(a, load_reg(row + r * kRegLanes<A>), sum[r]);
     }
-    for (int v = 0; v < kVectors; v++) store(sums + s * stride + v * kLanes, sum[v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRegs; r++) store_reg(sums + s * stride + r * kRegLanes<A>, sum[r]);
   }
 }
 
-// The same by as few vectors as `columns` of the panel need.
+// The same for the first `columns` columns, by as few vectors of sixteen as they need.
 template <class A> void add_panel(RowLists<A> lists, int64_t rows, int64_t columns, const A* tile, A* sums, int64_t stride) {
-  if (columns > 3 * kLanes) add_panel<4>(lists, rows, tile, sums, stride);
-  else if (columns > 2 * kLanes) add_panel<3>(lists, rows, tile, sums, stride);
-  else if (columns > kLanes) add_panel<2>(lists, rows, tile, sums, stride);
-  else add_panel<1>(lists, rows, tile, sums, stride);
+  constexpr int kRegs = kLanes / kRegLanes<A>; // of a vector
+  constexpr int kVectors = kRegs * 4 <= kMaxSums ? 4 : kRegs * 2 <= kMaxSums ? 2 : 1;
+  for (; columns > 0; columns -= kVectors * kLanes, tile += kVectors * kLanes, sums += kVectors * kLanes) {
+    if (kVectors == 4 && columns > 3 * kLanes) add_panel<kRegs * min(kVectors, 4)>(lists, rows, tile, sums, stride);
+    else if (kVectors == 4 && columns > 2 * kLanes) add_panel<kRegs * min(kVectors, 3)>(lists, rows, tile, sums, stride);
+    else if (kVectors >= 2 && columns > kLanes) add_panel<kRegs * min(kVectors, 2)>(lists, rows, tile, sums, stride);
+    else add_panel<kRegs>(lists, rows, tile, sums, stride);
+  }
 }
 
 // For all panels of `columns` columns: tiles (panels, kTileRows, kPanel), sums (rows, columns; stride).
 template <class A>
 void add_panels(RowLists<A> lists, int64_t rows, int64_t columns, const A* tiles, A* sums, int64_t stride) {
   for (int64_t c = 0; c < columns; c += kPanel, tiles += kTileRows<A> * kPanel, sums += kPanel)
-    add_panel(lists, rows, columns - c, tiles, sums, stride);
+    add_panel(lists, rows, min(columns - c, kPanel), tiles, sums, stride);
 }
 
 SPARSEKERN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -81,7 +91,7 @@ void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, acc_t<T
     fill_lists(x + first, K, rows, count, int32_t(kPanel), lists);
     A* sum = sums;
     for (int64_t c = 0; c * kPanel < columns; c++, sum += rows * kPanel)
-      add_panel(lists, rows, columns - c * kPanel, tiles.panel(c), sum, kPanel);
+      add_panel(lists, rows, min(columns - c * kPanel, kPanel), tiles.panel(c), sum, kPanel);
   }
 }
 

@@ -5,6 +5,8 @@
 namespace sparsekern {
 namespace {
 
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 enum Slot { kValues, kIndices, kSums, kSamples, kTiles, kLists, kTail, kShared };
 
 // value and index of the non-zeros of x (n,), ascending; returns how many. Both need room for n + 16: whole registers
