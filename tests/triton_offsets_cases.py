@@ -69,7 +69,7 @@ def test_offsets_of_long_rows(last_program, x):
     sizes = rank, capacity, 1, N
     long._compact_kernel[(1,)](
         x, counts, y, bits.view(torch.int16), keys, units, found, *sizes, **constants,
-        SHARED_ROW=False, SAMPLE=long.SAMPLE, CHUNK=4096,
+        SHARED_ROW=False, PREFETCH=True, SAMPLE=long.SAMPLE, CHUNK=4096,
     )  # fmt: skip
     assert 100 <= found[-1] <= capacity
     long._select_candidates_kernel[(1,)](

@@ -28,7 +28,12 @@ REGISTERS_CANDIDATES = 4096
 @triton.jit
 def unit_keys(x_ptr, factors_ptr, u, valid, CHANNELS: tl.constexpr, INNER: tl.constexpr, BOOST: tl.constexpr):
     """The keys of units u of the row that x_ptr points to."""
-    boosted = widen(tl.load(x_ptr + u, mask=valid, other=0.0))
+    return keys_of(tl.load(x_ptr + u, mask=valid, other=0.0), factors_ptr, u, valid, CHANNELS, INNER, BOOST)
+
+
+@triton.jit
+def keys_of(x, factors_ptr, u, valid, CHANNELS: tl.constexpr, INNER: tl.constexpr, BOOST: tl.constexpr):
+    boosted = widen(x)
     if BOOST:
         boosted = boosted * tl.load(factors_ptr + u // INNER % CHANNELS, mask=valid, other=1.0)
     return tl.where(valid, float_key(boosted), KEY_LOW)
@@ -53,6 +58,7 @@ def _compact_kernel(
     BOOST: tl.constexpr,
     STORE_Y: tl.constexpr,
     SHARED_ROW: tl.constexpr,
+    PREFETCH: tl.constexpr,
     SAMPLE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -71,10 +77,18 @@ def _compact_kernel(
     nothing = tl.full((), 0, tl.float32)
     guess, _, _ = search_keys(sampled, rank, SAMPLE, tl.min(sampled), tl.max(sampled) + 1, probe, nothing, nothing)
     base = tl.full((), 0, tl.int32)
+    if PREFETCH:
+        u = begin + tl.arange(0, CHUNK)
+        x_next = tl.load(x_ptr + u, mask=u < N, other=0.0)
     for start in range(begin, tl.minimum(begin + part_length, N), CHUNK):
         u = start + tl.arange(0, CHUNK)
         valid = u < N
-        key = unit_keys(x_ptr, factors_ptr, u, valid, CHANNELS, INNER, BOOST)
+        if PREFETCH:  # the next chunk is on its way while this one is compacted
+            x = x_next
+            x_next = tl.load(x_ptr + u + CHUNK, mask=u + CHUNK < N, other=0.0)
+        else:
+            x = tl.load(x_ptr + u, mask=valid, other=0.0)
+        key = keys_of(x, factors_ptr, u, valid, CHANNELS, INNER, BOOST)
         if STORE_Y:
             tl.store(y_ptr + u, tl.zeros((CHUNK,), y_ptr.dtype.element_ty), mask=valid)
         word = start // 16 + tl.arange(0, CHUNK // 16)
@@ -237,6 +251,7 @@ def select_long_rows(x, k, factors, channels, inner, counts, *, store_y=True) ->
     y = torch.empty_like(x) if store_y else None
     size = rows * cdiv(n, 16) * 2
     winners = torch.empty(cdiv(size, 4) * 4, dtype=torch.uint8, device=x.device)  # whole 32-bit words
+    aligned = n % 4 == 0  # values are loaded four at a time
     rank, capacity = sample_plan(k, n)
     splits = max(1, min(cdiv(n, CHUNK), cdiv(4 * multiprocessors(x), rows)))
     part_length = cdiv(cdiv(n, CHUNK), splits) * CHUNK
@@ -259,9 +274,11 @@ def select_long_rows(x, k, factors, channels, inner, counts, *, store_y=True) ->
         part_length,
         **constants,
         SHARED_ROW=splits > 1,
+        PREFETCH=x.dtype == torch.float32 and aligned,  # else it takes registers that halve the programs at work
         SAMPLE=SAMPLE,
         CHUNK=CHUNK,
         num_warps=8,
+        maxnreg=128 if aligned else None,  # two programs on a multiprocessor
     )
     registers = next_power_of_2(max(capacity, 512)) if capacity <= REGISTERS_CANDIDATES else 0
     _select_candidates_kernel[(rows,)](
