@@ -72,14 +72,13 @@ double estimate_active(DType dtype, const Tensor& t) {
   return double(count) / double(kStretches * kStretch);
 }
 
-// Whether the dense way is the faster one. Looks for zeros of t, which the sparse way would skip, only where they decide;
-// null where it skips none.
-bool choose_dense(LinearWork work, const Tensor* t) {
-  if (work.B == 0 || work.blocks == 0) return false;
-  work.active = 1;
-  if (t == nullptr || !dense_pays(work)) return dense_pays(work);
-  work.active = estimate_active(work.dtype, *t);
-  return dense_pays(work);
+// Looks at the factors only where their zeros may matter.
+Way choose(LinearWork work, const Tensor* rows_factor, const Tensor* panels_factor) {
+  if (work.B == 0 || work.blocks == 0) return Way::rows;
+  if (rows_factor != nullptr) work.rows_active = estimate_active(work.dtype, *rows_factor);
+  if (work.support.group % 16 != 0 && work.B > 1)
+    work.panels_active = panels_factor == rows_factor ? work.rows_active : estimate_active(work.dtype, *panels_factor);
+  return fastest_way(work);
 }
 
 // The weights as a dense (I, O) matrix: themselves where all of them exist.
@@ -144,10 +143,11 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   if (bias_) bias = unstrided(*bias_);
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
-  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), 1};
-  if (choose_dense(work, &x)) return dense_linear(work, x, weight, bias);
+  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0)};
+  const Way way = choose(work, &x, &x);
+  if (way == Way::dense) return dense_linear(work, x, weight, bias);
   Tensor y = torch::stable::new_empty(x, {B, out_features});
-  if (work.by_panels()) {
+  if (way == Way::panels) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
                                bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), begin, end, first, last);
@@ -171,11 +171,12 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1));
-  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), 1};
-  if (choose_dense(work, work.by_panels() ? &grad_y : at_nonzeros ? &x : nullptr))
+  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0)};
+  const Way way = choose(work, at_nonzeros ? &x : nullptr, &grad_y);
+  if (way == Way::dense)
     return dense_grad_input(work, grad_y, x, weight, at_nonzeros);
   Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
-  if (work.by_panels()) {
+  if (way == Way::panels) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_panels(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
                                   grad_x.mutable_data_ptr(), at_nonzeros, begin, end, first, last);
@@ -199,12 +200,13 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
-  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), 1};
-  if (choose_dense(work, &x)) {
+  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0)};
+  const Way way = choose(work, &x, &x);
+  if (way == Way::dense) {
     dense_grad_weight(work, grad_y, x, grad_weight);
     return grad_weight;
   }
-  if (work.by_panels()) {
+  if (way == Way::panels) {
     int64_t bytes;
     const int64_t tiles = kernels().tiles(dtype, B, w.outputs, &bytes);
     void* memory = scratch(7, size_t(bytes));

@@ -1,6 +1,7 @@
 #include "sparse_linear.h"
 
 #include "sparse_linear_blocks.h"
+#include "sparse_linear_layout.h"
 #include "sparse_linear_panels.h"
 
 namespace sparsekern {
@@ -139,38 +140,6 @@ template <class T> int64_t count(const T* x, int64_t n) {
   return nonzeros;
 }
 
-template <class T>
-void expand(const LinearSupport& w, const T* weight, T* dense, int64_t begin, int64_t end) {
-  const int64_t O = w.outputs, G = w.group;
-  for (int64_t i = begin; i < end; i++) {
-    T* row = dense + i * O;
-    std::memset((void*)row, 0, size_t(O) * sizeof(T));
-    if (G == 1)
-      for (int64_t b = w.ccol[i]; b < w.ccol[i + 1]; b++) row[w.rows[b]] = weight[b];
-    else
-      for (int64_t b = w.ccol[i]; b < w.ccol[i + 1]; b++) {
-        const int64_t o = w.rows[b] * G, lanes = O - o < G ? O - o : G;
-        std::memcpy((void*)(row + o), weight + b * G, size_t(lanes) * sizeof(T));
-      }
-  }
-}
-
-template <class T>
-void collect(const LinearSupport& w, const T* dense, T* weight, int64_t begin, int64_t end) {
-  const int64_t O = w.outputs, G = w.group;
-  for (int64_t i = begin; i < end; i++) {
-    const T* row = dense + i * O;
-    if (G == 1)
-      for (int64_t b = w.ccol[i]; b < w.ccol[i + 1]; b++) weight[b] = row[w.rows[b]];
-    else
-      for (int64_t b = w.ccol[i]; b < w.ccol[i + 1]; b++) {
-        const int64_t o = w.rows[b] * G, lanes = O - o < G ? O - o : G;
-        std::memcpy((void*)(weight + b * G), row + o, size_t(lanes) * sizeof(T));
-        std::memset((void*)(weight + b * G + lanes), 0, size_t(G - lanes) * sizeof(T));
-      }
-  }
-}
-
 template <class T> void clear_at_zeros(const T* x, T* grad, int64_t n) {
   for (int64_t i = 0; i < n; i++) grad[i] = to_acc(x[i]) == 0 ? T{} : grad[i];
 }
@@ -242,11 +211,11 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
         },
     .expand =
         [](DType dtype, const LinearSupport& w, const void* weight, void* dense, int64_t begin, int64_t end) {
-          dispatch(dtype, [&]<class T>() { expand<T>(w, (const T*)weight, (T*)dense, begin, end); });
+          dispatch(dtype, [&]<class T>() { lay_out<true>(w, (T*)weight, (T*)dense, begin, end); });
         },
     .collect =
         [](DType dtype, const LinearSupport& w, const void* dense, void* weight, int64_t begin, int64_t end) {
-          dispatch(dtype, [&]<class T>() { collect<T>(w, (const T*)dense, (T*)weight, begin, end); });
+          dispatch(dtype, [&]<class T>() { lay_out<false>(w, (T*)weight, (T*)dense, begin, end); });
         },
     .clear_at_zeros =
         [](DType dtype, const void* x, void* grad, int64_t n) {

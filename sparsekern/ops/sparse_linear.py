@@ -140,7 +140,8 @@ def sparse_linear(
     """``F.linear`` with a weight of which only some blocks exist, at the cost of what is not zero (section 4.3).
 
     The weight is kept in compressed-sparse-column order, blocks of ``group_size`` outputs by one input (PyTorch's
-    ``sparse_bsc`` layout). Zeros of x are found and skipped: a zero times an infinite weight counts as zero.
+    ``sparse_bsc`` layout). Zeros of x are found and skipped where that
+    is faster: a zero times an infinite or NaN weight counts as zero there, and as NaN elsewhere.
 
     Args:
         x: (..., I), float32, float64, bfloat16 or float16; dense or sparse.
