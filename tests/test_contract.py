@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib.util
 import inspect
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ import sparsekern as sk
 from oracle import compare, sparse_randn
 from sparsekern.nn.mask import draw_supports, supports_to_indices
 from sparsekern.ops import grad_bias_reference, k_winners_reference, sparse_conv2d_reference, sparse_linear_reference
+from sparsekern.ops._library import triton_body
 from tolerance import DTYPES, DUTY_CYCLE, assert_same_bits
 
 PACKAGE = Path(sk.__file__).parent
@@ -347,3 +349,17 @@ def test_gradcheck(name):
         return torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(function, (x, *parameters.values()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_op_has_a_body_for_gpus(name):
+    """A Triton body, or the plain one where there is none; on CPU tensors an op that has no Triton body just runs."""
+    reference = reference_of(name.split("::")[1])
+    body = triton_body(reference)
+    triton = Path(inspect.getfile(reference).replace("_reference.py", "_triton.py"))
+    if not triton.exists():
+        assert body is reference
+    elif reference.__name__ not in functions_of(triton):
+        with pytest.raises(TypeError, match=reference.__name__):  # the plain body's complaint about its arguments
+            body()

@@ -60,14 +60,17 @@ def has_triton() -> bool:
 
 
 def triton_body(reference):
-    """The function of the same name in the ``*_triton`` module beside reference's; imported when it is first called."""
+    """The function of the same name in the ``*_triton`` module beside reference's, or reference where there is none.
+
+    The module is imported when the function is first called.
+    """
     module = reference.__module__.replace("_reference", "_triton")
     if importlib.util.find_spec(module) is None:
         return reference
 
     @functools.cache
     def load():
-        return getattr(importlib.import_module(module), reference.__name__)
+        return getattr(importlib.import_module(module), reference.__name__, reference)
 
     def body(*args):
         return load()(*args)
