@@ -96,7 +96,8 @@ class GlobalBatchNorm(nn.Module):
 
 def with_global_batch_norm_(model: nn.Sequential) -> nn.Sequential:
     """Makes a model's batch normalisation see the global batch, in place."""
-    for name, layer in model.named_children():
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            setattr(model, name, GlobalBatchNorm(layer))
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                setattr(parent, name, GlobalBatchNorm(layer))
     return model
