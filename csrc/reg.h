@@ -61,6 +61,17 @@ SPARSEKERN_INLINE reg<double> fma_reg(reg<double> a, reg<double> b, reg<double> 
 #endif
 }
 
+// Pairwise: lane i + lane i + half of the lanes, and so on.
+template <class A> SPARSEKERN_INLINE A sum_reg(reg<A> v) {
+  A lanes[kRegLanes<A>];
+  std::memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 4
+  for (int n = kRegLanes<A> / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+
 template <class A> SPARSEKERN_INLINE reg<A> load_reg_as(const float* p) {
   typedef float narrow __attribute__((vector_size(kRegLanes<A> * sizeof(float))));
   narrow v;

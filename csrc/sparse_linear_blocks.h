@@ -1,6 +1,7 @@
 // The kernels for groups of 16, 32, ... outputs: every block is a few whole vectors, which are added to sums in the
 // first-level cache.
 #pragma once
+#include "reg.h"
 #include "sparse_linear.h"
 #include "sparse_linear_rows.h"
 
@@ -21,6 +22,13 @@ template <class T> SPARSEKERN_INLINE void fetch(const T* p, int64_t n) {
   for (int64_t e = 0; e < n; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + e);
 }
 
+// out (16,) += a * block.
+template <class T> SPARSEKERN_INLINE void add_block(reg<acc_t<T>> a, const T* block, acc_t<T>* out) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kLanes; r += kRegLanes<acc_t<T>>)
+    store_reg(out + r, fma_reg(a, load_reg(block + r), load_reg(out + r)));
+}
+
 // sums += the blocks of the active inputs, weighted. kGroup is G, or 0 for any.
 template <int64_t kGroup, class T>
 SPARSEKERN_INLINE void add_blocks(const LinearSupport& w, const T* weight, const acc_t<T>* value, const int32_t* index,
@@ -28,13 +36,10 @@ SPARSEKERN_INLINE void add_blocks(const LinearSupport& w, const T* weight, const
   const int64_t G = kGroup ? kGroup : w.group;
   const int32_t *ccol = w.ccol, *rows = w.rows;
   for (int64_t p = 0; p < active; p++) {
-    const vec<acc_t<T>> a = splat(value[p]);
+    const reg<acc_t<T>> a = value[p] - reg<acc_t<T>>{};
     const int64_t end = ccol[index[p] + 1];
     for (int64_t b = ccol[index[p]]; b < end; b++)
-      for (int64_t g = 0; g < G; g += kLanes) {
-        acc_t<T>* out = sums + int64_t(rows[b]) * G + g;
-        store(out, fma(a, load(weight + b * G + g), load(out)));
-      }
+      for (int64_t g = 0; g < G; g += kLanes) add_block(a, weight + b * G + g, sums + int64_t(rows[b]) * G + g);
   }
 }
 
@@ -45,7 +50,7 @@ SPARSEKERN_INLINE void add_even_blocks(const LinearSupport& w, const T* weight, 
                                        const int32_t* index, int64_t active, acc_t<T>* sums, int64_t spare) {
   const int32_t *ccol = w.ccol, *rows = w.rows;
   for (int64_t p = 0; p < active; p++) {
-    const vec<acc_t<T>> a = splat(value[p]);
+    const reg<acc_t<T>> a = value[p] - reg<acc_t<T>>{};
     const int64_t first = ccol[index[p]];
     const bool more = ccol[index[p] + 1] - first > count;
     const T* block = weight + first * kLanes;
@@ -53,17 +58,10 @@ SPARSEKERN_INLINE void add_even_blocks(const LinearSupport& w, const T* weight, 
     int64_t b = 0;
     for (; b + 4 <= count; b += 4)
 #pragma GCC unroll 4
-      for (int64_t u = b; u < b + 4; u++) {
-        acc_t<T>* out = sums + uint32_t(row[u]) * uint64_t(kLanes);
-        store(out, fma(a, load(block + u * kLanes), load(out)));
-      }
-    for (; b < count; b++) {
-      acc_t<T>* out = sums + uint32_t(row[b]) * uint64_t(kLanes);
-      store(out, fma(a, load(block + b * kLanes), load(out)));
-    }
+      for (int64_t u = b; u < b + 4; u++) add_block(a, block + u * kLanes, sums + uint32_t(row[u]) * uint64_t(kLanes));
+    for (; b < count; b++) add_block(a, block + b * kLanes, sums + uint32_t(row[b]) * uint64_t(kLanes));
     const int64_t last = more ? count : count - 1;
-    acc_t<T>* out = sums + (more ? int64_t(row[last]) * kLanes : spare);
-    store(out, fma(a, load(block + last * kLanes), load(out)));
+    add_block(a, block + last * kLanes, sums + (more ? int64_t(row[last]) * kLanes : spare));
   }
 }
 
@@ -95,16 +93,28 @@ template <int64_t kGroup, class T>
 SPARSEKERN_INLINE acc_t<T> dot_blocks(const LinearSupport& w, const T* weight, int64_t i, const acc_t<T>* grad_y) {
   using A = acc_t<T>;
   const int64_t G = kGroup ? kGroup : w.group, end = w.ccol[i + 1];
-  vec<A> lanes[4] = {};
+  constexpr int kRegs = kLanes / kRegLanes<A>, kSums = kRegs < 4 ? 4 : kRegs; // of a block; as hide an addition's latency
+  reg<A> lanes[kSums] = {};
   int64_t b = w.ccol[i];
   if (kGroup == kLanes)
-    for (; b + 4 <= end; b += 4)
-      for (int v = 0; v < 4; v++)
-        lanes[v] = fma(load(weight + (b + v) * G), load(grad_y + int64_t(w.rows[b + v]) * G), lanes[v]);
+    for (; b + kSums / kRegs <= end; b += kSums / kRegs)
+#pragma GCC unroll 8
+      for (int r = 0; r < kSums; r++) {
+        const int64_t v = b + r / kRegs, at = r % kRegs * kRegLanes<A>;
+        lanes[r] = fma_reg(load_reg(weight + v * G + at), load_reg(grad_y + int64_t(w.rows[v]) * G + at), lanes[r]);
+      }
   for (; b < end; b++)
     for (int64_t g = 0; g < G; g += kLanes)
-      lanes[0] = fma(load(weight + b * G + g), load(grad_y + int64_t(w.rows[b]) * G + g), lanes[0]);
-  return sum<A>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; r++) {
+        const int64_t at = g + r * kRegLanes<A>;
+        lanes[r] = fma_reg(load_reg(weight + b * G + at), load_reg(grad_y + int64_t(w.rows[b]) * G + at), lanes[r]);
+      }
+#pragma GCC unroll 3
+  for (int n = kSums / 2; n > 0; n /= 2)
+#pragma GCC unroll 4
+    for (int r = 0; r < n; r++) lanes[r] += lanes[r + n];
+  return sum_reg<A>(lanes[0]);
 }
 
 // Rows [begin, end) of grad_x, zero where x is zero if at_nonzeros.
@@ -135,19 +145,32 @@ void grad_input_blocks(const LinearSupport& w, const T* grad_y, const T* x, cons
   }
 }
 
-// sums (kVectors * 16,) += the listed rows of grad_y at the given outputs, weighted.
+// sums (kVectors * 16,) += the listed rows of grad_y at the given outputs, whole vectors of them, weighted.
 template <int kVectors, class T>
 SPARSEKERN_INLINE void add_samples(const T* grad_y, int64_t O, const int64_t* outputs, const acc_t<T>* value,
                                    const int32_t* sample, int32_t count, acc_t<T>* sums) {
-  vec<acc_t<T>> sum[kVectors];
-  for (int v = 0; v < kVectors; v++) sum[v] = load(sums + v * kLanes);
+  using A = acc_t<T>;
+  constexpr int kRegs = kLanes / kRegLanes<A>;
+  reg<A> sum[kVectors * kRegs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kVectors * kRegs; r++) sum[r] = load_reg(sums + r * kRegLanes<A>);
   for (int32_t p = 0; p < count; p++) {
     const T* row = grad_y + sample[p] * O;
-    const vec<acc_t<T>> a = splat(value[p]);
-    for (int v = 0; v < kVectors; v++)
-      if (outputs[v] < O) sum[v] = fma(a, load_first(row + outputs[v], O - outputs[v]), sum[v]);
+    const reg<A> a = value[p] - reg<A>{};
+#pragma GCC unroll 8
+    for (int r = 0; r < kVectors * kRegs; r++)
+      sum[r] = fma_reg(a, load_reg(row + outputs[r / kRegs] + r % kRegs * kRegLanes<A>), sum[r]);
   }
-  for (int v = 0; v < kVectors; v++) store(sums + v * kLanes, sum[v]);
+#pragma GCC unroll 8
+  for (int r = 0; r < kVectors * kRegs; r++) store_reg(sums + r * kRegLanes<A>, sum[r]);
+}
+
+// The same for one vector of outputs that reaches beyond O, or lies there.
+template <class T>
+void add_last_samples(const T* grad_y, int64_t O, int64_t output, const acc_t<T>* value, const int32_t* sample,
+                      int32_t count, acc_t<T>* sums) {
+  for (int32_t p = 0; p < count && output < O; p++)
+    store(sums, fma(splat(value[p]), load_first(grad_y + sample[p] * O + output, O - output), load(sums)));
 }
 
 // The blocks of inputs [begin, end) of grad_y^T x, summed over B rows in ascending order.
@@ -156,6 +179,7 @@ void grad_weight_blocks(const LinearSupport& w, const T* grad_y, const T* x, T* 
                         int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t kInputs = 64, kSamplesAtOnce = 128;
+  constexpr int kRegs = kLanes / kRegLanes<A>, kTogether = kRegs > 4 ? 1 : kRegs > 2 ? 2 : 4;
   const int64_t I = w.inputs, O = w.outputs, G = w.group, vectors = G / kLanes;
   const RowLists<A> lists = allocate_lists<A>(kLists, kInputs, kSamplesAtOnce);
   for (int64_t i = begin; i < end; i += kInputs) {
@@ -174,17 +198,22 @@ void grad_weight_blocks(const LinearSupport& w, const T* grad_y, const T* x, T* 
           return int64_t(w.rows[first + v / vectors]) * G + v % vectors * kLanes;
         };
         int64_t v = (w.ccol[i + k] - first) * vectors;
-        for (; v + 4 <= last; v += 4) {
-          const int64_t o[4] = {output(v), output(v + 1), output(v + 2), output(v + 3)};
-          add_samples<4>(grad_y + s * O, O, o, lists.value + p, lists.offset + p, n, sums + v * kLanes);
+        int64_t whole = last; // vectors from here on reach beyond O
+        while (whole > v && output(whole - 1) + kLanes > O) whole--;
+        for (; v + kTogether <= whole; v += kTogether) {
+          int64_t o[kTogether];
+          for (int64_t u = 0; u < kTogether; u++) o[u] = output(v + u);
+          add_samples<kTogether>(grad_y + s * O, O, o, lists.value + p, lists.offset + p, n, sums + v * kLanes);
         }
-        for (; v < last; v++) {
+        for (; v < whole; v++) {
           const int64_t o = output(v);
           add_samples<1>(grad_y + s * O, O, &o, lists.value + p, lists.offset + p, n, sums + v * kLanes);
         }
+        for (; v < last; v++)
+          add_last_samples(grad_y + s * O, O, output(v), lists.value + p, lists.offset + p, n, sums + v * kLanes);
       }
     }
-    for (int64_t v = 0; v < count; v++) store(grad + first * G + v * kLanes, load(sums + v * kLanes));
+  for (int64_t v = 0; v < count; v++) store(grad + first * G + v * kLanes, load(sums + v * kLanes));
   }
 }
 
