@@ -115,7 +115,10 @@ class SparseLinear(nn.Module):
         return id(rows), None if rows.is_inference() else rows._version
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, buffers = self.weight, self._buffers
+        # Module.__getattr__ costs as much as the sums of a small layer; a parametrized weight is no parameter.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
         rows, bits = buffers["row_indices"], buffers["support_bits"]
         if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
             if torch._C._are_functorch_transforms_active():
@@ -132,7 +135,7 @@ class SparseLinear(nn.Module):
             buffers["ccol_indices"],
             rows,
             self.out_features,
-            self.bias,
+            bias,
             self.sparse_input_grad,
             bits if x.is_cpu else None,
         )

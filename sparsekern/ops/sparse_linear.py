@@ -36,12 +36,14 @@ define(
 )
 
 
+# Looking an op up costs as much as a tenth of a small layer.
+forward_op = torch.ops.sparsekern.sparse_linear.default
+
+
 class SparseLinearFunction(Function):
     @staticmethod
     def forward(x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits):
-        return torch.ops.sparsekern.sparse_linear.default(
-            x, weight, bias, ccol_indices, row_indices, out_features, support_bits
-        )
+        return forward_op(x, weight, bias, ccol_indices, row_indices, out_features, support_bits)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -195,6 +197,4 @@ def sparse_linear_rows(
         return SparseLinearFunction.apply(
             x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits
         )
-    return torch.ops.sparsekern.sparse_linear.default(
-        x, weight, bias, ccol_indices, row_indices, out_features, support_bits
-    )
+    return forward_op(x, weight, bias, ccol_indices, row_indices, out_features, support_bits)
