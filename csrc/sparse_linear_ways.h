@@ -60,7 +60,9 @@ inline double panels_cost(const LinearWork& work) {
   const double once = work.pass == Pass::grad_weight  ? (bits ? 11 : 3 + 38 * d)
                       : work.pass == Pass::grad_input ? 3 + 70 * d
                                                       : (bits ? 8 : 5 + 40 * d);
-  return once + 1.85 * double(work.B) * work.panels_active;
+  // Two-byte weights are widened one by one on their way into a panel.
+  const double widened = work.dtype == DType::bf16 || work.dtype == DType::f16 ? 1.6 : 1;
+  return once * widened + 1.85 * double(work.B) * work.panels_active;
 }
 
 // PyTorch's products use AVX-512 wherever the processor has it, whatever instruction set this library is told to use.

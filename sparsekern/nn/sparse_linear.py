@@ -117,8 +117,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Module.__getattr__ costs as much as the sums of a small layer; a parametrized weight is no parameter.
         parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (it would look up both)
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         rows, bits = buffers["row_indices"], buffers["support_bits"]
         if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
             if torch._C._are_functorch_transforms_active():
