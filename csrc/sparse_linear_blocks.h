@@ -65,8 +65,8 @@ SPARSEKERN_INLINE void add_even_blocks(const LinearSupport& w, const T* weight, 
   }
 }
 
-// Rows [begin, end) of y. To split the outputs, so that a part's weights stay in the second-level cache, was slower: the
-// loops over an input's blocks become short and of changing length.
+// Rows [begin, end) of y. To split the outputs, so that a part's weights stay in the second-level cache, was slower:
+// the loops over an input's blocks become short and of changing length.
 template <class T>
 void forward_blocks(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
                     int64_t end) {
@@ -93,7 +93,8 @@ template <int64_t kGroup, class T>
 SPARSEKERN_INLINE acc_t<T> dot_blocks(const LinearSupport& w, const T* weight, int64_t i, const acc_t<T>* grad_y) {
   using A = acc_t<T>;
   const int64_t G = kGroup ? kGroup : w.group, end = w.ccol[i + 1];
-  constexpr int kRegs = kLanes / kRegLanes<A>, kSums = kRegs < 4 ? 4 : kRegs; // of a block; as hide an addition's latency
+  constexpr int kRegs = kLanes / kRegLanes<A>; // of a block
+  constexpr int kSums = kRegs < 4 ? 4 : kRegs; // as many as hide an addition's latency
   reg<A> lanes[kSums] = {};
   int64_t b = w.ccol[i];
   if (kGroup == kLanes)

@@ -1,6 +1,7 @@
 #include "sparse_linear.h"
 
 #include "sparse_linear_blocks.h"
+#include "sparse_linear_dots.h"
 #include "sparse_linear_layout.h"
 #include "sparse_linear_panels.h"
 
@@ -178,8 +179,11 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
         [](DType dtype, const LinearSupport& w, const void* grad_y, const void* x, const void* weight, void* grad_x,
            bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
           dispatch(dtype, [&]<class T>() {
-            grad_input_panels<T>(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, at_nonzeros, begin,
-                                 end, first, last);
+            if (at_nonzeros && dots_pay(w, (const T*)grad_y, (const T*)x, begin, end))
+              grad_input_dots(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, begin, end, first, last);
+            else
+              grad_input_panels(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, at_nonzeros, begin, end,
+                                first, last);
           });
         },
     .tiles =
