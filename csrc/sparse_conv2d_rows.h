@@ -11,7 +11,7 @@ constexpr int kMaxTaps = 5;
 // beside a broadcast and a weight.
 #if defined(__AVX512F__)
 template <class A> constexpr int kMaxPanels = sizeof(A) == 4 ? 2 : 1;
-template <class A> constexpr int kMaxSegment = 14;
+template <class A> constexpr int kMaxSegment = sizeof(A) == 4 ? 14 : 6; // of doubles fewer: each costs time to compile
 #elif defined(__AVX2__)
 template <class A> constexpr int kMaxPanels = 1;
 template <class A> constexpr int kMaxSegment = sizeof(A) == 4 ? 6 : 2;
