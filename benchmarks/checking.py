@@ -170,6 +170,8 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
     Args:
         duty_cycle: that of the layer before the call.
     """
+    if getattr(layer, "norm", None) is not None:
+        call = _normalised(layer, call)
     call = _pooled(layer, call)
     rows = _winner_rows(layer, call.x)
     n = rows.shape[-1]
@@ -194,6 +196,42 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
         right = torch.where(won, grad_x == grad_y, (grad_x == 0) | (rows == 0))
         _require(right.all(), "the gradient is not that of the winners")
     return Checked(moved=_bytes(call.x, call.y), held=_bytes(call.x, call.y))
+
+
+def _normalised(layer: nn.Module, call: Call) -> Call:
+    """The call as pooling behind the layer's batch norm sees it.
+
+    Batch norm's sums are compared with float64 here; its rounded output, which the winners hand on, then takes the place
+    of the exact one, as winners are compared bit for bit.
+    """
+    norm, training = layer.norm, layer.norm.training
+    x = call.x.double().requires_grad_()
+    moments = (None, None) if training else (norm.running_mean.double(), norm.running_var.double())
+    exact = F.batch_norm(x, *moments, training=training, eps=norm.eps)
+    pooled, taken = F.max_pool2d(exact, layer.max_pool, return_indices=True)
+    won = call.y != 0
+    # Each moment is a sum of `terms` roundings; values near the mean lose what the subtraction cancels.
+    terms = x[:, 0].numel() if training else 2
+    bound = 4 * (terms**0.5 + 4) * unit_roundoff(torch.float32) * exact.detach().abs().max()
+    bound = bound + unit_roundoff(call.y.dtype) * exact.detach().abs().max()
+    _require(((call.y - pooled)[won].abs() <= bound).all(), "batch norm of a winner is wrong")
+    z = (
+        exact.detach()
+        .to(call.y.dtype)
+        .flatten(2)
+        .scatter(2, taken.flatten(2), torch.where(won, call.y, pooled.to(call.y.dtype)).detach().flatten(2))
+        .view(x.shape)
+    )
+    grad = None
+    if call.grad_x is not None:
+        grad = torch.zeros_like(z).flatten(2).scatter(2, taken.flatten(2), (call.grad_y * won).flatten(2)).view(x.shape)
+        (wanted,) = torch.autograd.grad(exact, x, grad.double())
+        size = wanted.abs().max() + grad.double().abs().sum((0, 2, 3)).max() / terms
+        _require(
+            ((call.grad_x - wanted).abs() <= 16 * bound * size + unit_roundoff(call.y.dtype) * size).all(),
+            "batch norm's gradient is wrong",
+        )
+    return replace(call, x=z, grad_x=grad)
 
 
 def _pooled(layer: nn.Module, call: Call) -> Call:
