@@ -104,7 +104,8 @@ def readme_tables() -> dict[str, str]:
     rows = [[*cells(r)[:8], over(r, "plain"), over(r, "bf16")] for r in shown]
     notes = (
         f"{caption(where)}. Checked against float64 first, then timed side by side. Dense is the fastest of as written, "
-        "channels-last and `torch.compile`d, for a network that of the same widths with ReLU; plain is the same network "
+        "channels-last and (with `--full`) `torch.compile`d, for a network that of the same widths with ReLU; plain is "
+        "the same network "
         "in plain PyTorch (`topk`, masked weights). [All rows, and what bounds them](docs/performance.md)."
     )
     return {"speed table": f"![Speed-up over dense PyTorch](docs/speed.png)\n\n{markdown(header, rows)}\n\n{notes}"}
