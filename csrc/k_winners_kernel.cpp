@@ -376,6 +376,28 @@ SPARSEKERN_INLINE void pool_line(const T* x, int64_t at, int64_t n, int64_t step
   }
 }
 
+// The same for n windows of 2 x 2 in two rows, `row` apart; what fills no register is copied into a whole one first, as rows
+// of feature maps are short.
+template <class T>
+void pool_pairs(const T* x, int64_t at, int64_t n, int64_t row, acc_t<T>* most, int32_t* taken) {
+  using A = acc_t<T>;
+  constexpr int kWidth = kRegLanes<A>;
+  const int64_t whole = n / kWidth * kWidth, rest = n - whole;
+  pool_line<2>(x, at, whole, 2, 2, 1, row, most, taken);
+  if (rest == 0) return;
+  T pairs[4 * kWidth] = {};
+  A rest_most[kWidth];
+  int32_t rest_taken[kWidth];
+  const int64_t begin = at + 2 * whole;
+  for (int64_t i = 0; i < 2; i++) std::memcpy(pairs + i * 2 * kWidth, x + begin + i * row, size_t(2 * rest) * sizeof(T));
+  pool_line<2>(pairs, 0, kWidth, 2, 2, 1, 2 * kWidth, rest_most, rest_taken);
+  for (int64_t i = 0; i < rest; i++) {
+    most[whole + i] = rest_most[i];
+    const int64_t from = rest_taken[i];
+    taken[whole + i] = int32_t(begin + (from < 2 * kWidth ? from : from - 2 * kWidth + row));
+  }
+}
+
 // A map's pooled units, in its own order.
 template <class T> void pool_map(const T* x, const PooledArgs& a, acc_t<T>* most, int32_t* taken) {
   const int64_t P = a.H / a.pool, Q = a.W / a.pool;
@@ -390,7 +412,7 @@ template <class T> void pool_map(const T* x, const PooledArgs& a, acc_t<T>* most
     for (int64_t c = 0; c < a.C; c++)
       for (int64_t p = 0; p < P; p++, most += Q, taken += Q) {
         const int64_t at = (c * a.H + p * a.pool) * a.W;
-        if (a.pool == 2) pool_line<2>(x, at, Q, 2, 2, 1, a.W, most, taken);
+        if (a.pool == 2) pool_pairs(x, at, Q, a.W, most, taken);
         else pool_line<0>(x, at, Q, a.pool, a.pool, 1, a.W, most, taken);
       }
 }
