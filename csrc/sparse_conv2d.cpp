@@ -12,7 +12,6 @@
 namespace sparsekern {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using Ints = std::vector<int64_t>;
 
 const SparseConv2dKernels& kernels() { return SPARSEKERN_SELECT(sparse_conv2d); }
@@ -24,11 +23,6 @@ Conv2d sizes(const Tensor& x, int64_t out_channels, int64_t kh, int64_t kw, cons
   const int64_t ow = (x.size(3) + 2 * padding[1] - kw) / stride[1] + 1;
   return {x.size(0), x.size(1), x.size(2), x.size(3), out_channels, kh, kw, oh, ow, stride[0], stride[1],
           padding[0], padding[1], dtype_of("sparse_conv2d", x)};
-}
-
-Tensor empty(const Tensor& like, std::array<int64_t, 4> shape, bool channels_last) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // The share of non-zeros, from up to 64 evenly spread runs of 256 elements.
@@ -133,7 +127,7 @@ class Packed {
 // t in the memory format asked for: the dense convolution chooses its own by the weight's.
 Tensor with_format(const Tensor& t, bool channels_last) {
   if (t.is_contiguous() == !channels_last) return t;
-  Tensor out = empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, channels_last);
+  Tensor out = empty_maps(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, channels_last);
   if (out.is_contiguous() && t.is_contiguous()) return t; // both formats at once
   return torch::stable::copy_(out, t);
 }
@@ -180,7 +174,7 @@ Tensor dense_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weigh
 Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding) {
   const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
   if (!sparse_pays(conv, false, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
-  Tensor y = empty(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());
+  Tensor y = empty_maps(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());
   if (y.numel() == 0) return y;
   weight = dense_strides(weight);
   const Packed packed(conv, false, weight);
@@ -207,7 +201,7 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
       });
     return grad_x;
   }
-  Tensor grad_x = empty(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
+  Tensor grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
   if (grad_x.numel() == 0) return grad_x;
   weight = dense_strides(weight);
   const Packed packed(conv, !by_x, weight);
@@ -239,7 +233,7 @@ Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints
   const double by_grad = weight_cost(conv, true, active_fraction(grad_y));
   // The dense way takes about 1.3 cycles for 16 products of float32.
   const double dense = 1.3 * dense_product(conv.dtype) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
-  Tensor grad_weight = empty(x, {conv.O, conv.C, conv.KH, conv.KW}, false);
+  Tensor grad_weight = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, false);
   if (!sparse_possible(conv) || std::min(by_x, by_grad) > dense)
     return with_format(dense_backward(grad_y, x, grad_weight, stride, padding, false), false);
   torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad < by_x), 1, [&](int64_t begin, int64_t end) {

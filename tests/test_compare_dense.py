@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import checking
 import compare_dense
 import sparsekern as sk
 from cases import Case, Options, Prepared
@@ -227,3 +228,24 @@ def test_the_check_finds_a_wrong_winner(layer):
     ):
         with pytest.raises(WrongResult, match=message):
             check_k_winners(layer, Call(x, wrong), duty_cycle)
+
+
+@pytest.mark.parametrize("wrong", [None, "value", "gradient"])
+def test_batch_norm_before_k_winners_is_checked(wrong):
+    torch.manual_seed(0)
+    layer = sk.KWinners2d(8, 40, norm=torch.nn.BatchNorm2d(8, affine=False), max_pool=2)
+    x, duty_cycle = torch.randn(4, 8, 12, 12, requires_grad=True), layer.duty_cycle.clone()
+    y = layer(x)
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
+    call = checking.Call(x.detach(), y.detach().clone())
+    call.grad_y, call.grad_x = grad_y, x.grad.clone()
+    if wrong == "value":
+        call.y.view(-1)[call.y.abs().argmax()] *= 1 + 1e-4
+    if wrong == "gradient":
+        call.grad_x.view(-1)[5] += 1e-4
+    if wrong is None:
+        checking.check_k_winners(layer, call, duty_cycle)
+    else:
+        with pytest.raises(checking.WrongResult, match=f"batch norm.*{wrong if wrong == 'gradient' else 'winner'}"):
+            checking.check_k_winners(layer, call, duty_cycle)
