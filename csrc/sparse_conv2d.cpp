@@ -150,15 +150,30 @@ Tensor dense_strides(const Tensor& weight) {
   return channels_last ? weight : torch::stable::contiguous(weight);
 }
 
+// Whether some tap of the kernel lies on padding at every output.
+bool has_idle_tap(int64_t taps, int64_t outputs, int64_t stride, int64_t padding, int64_t length) {
+  for (int64_t tap = 0; tap < taps; tap++) {
+    const int64_t before = padding - tap, first = before > 0 ? (before + stride - 1) / stride : 0;
+    if (first >= outputs || first * stride - before >= length) return true;
+  }
+  return false;
+}
+
 // (grad_x or grad_weight): the one that is wanted.
-Tensor dense_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Ints& stride,
-                      const Ints& padding, bool want_input) {
+Tensor dense_backward(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                      const Ints& stride, const Ints& padding, bool want_input) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  if (x.scalar_type() == ScalarType::Half) { // PyTorch would sum in float16, except where the processor has dot products
+  // PyTorch would sum float16 in float16, except where the processor has dot products, and oneDNN leaves the gradient of
+  // an idle tap unwritten in bfloat16.
+  if (conv.dtype == DType::f16 ||
+      (conv.dtype == DType::bf16 && (has_idle_tap(conv.KH, conv.OH, conv.SH, conv.PH, conv.H) ||
+                                     has_idle_tap(conv.KW, conv.OW, conv.SW, conv.PW, conv.W)))) {
+    Conv2d wide_conv = conv;
+    wide_conv.dtype = DType::f32;
     const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    return torch::stable::to(dense_backward(wide(grad_y), wide(x), wide(weight), stride, padding, want_input),
-                             ScalarType::Half);
+    return torch::stable::to(
+        dense_backward(wide_conv, wide(grad_y), wide(x), wide(weight), stride, padding, want_input), x.scalar_type());
   }
   const Ints ones{1, 1}, zeros{0, 0};
   const std::array<bool, 3> wanted{want_input, !want_input, false};
@@ -192,7 +207,7 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
   const double in_grad = active_fraction(grad_y), in_x = at_nonzeros ? active_fraction(x) : 1.0;
   const bool by_x = at_nonzeros && in_x * double(conv.C * conv.H * conv.W) < in_grad * double(conv.O * conv.OH * conv.OW);
   if (by_x ? !sparse_pays(conv, false, in_x) : !sparse_pays(conv, true, in_grad)) {
-    const Tensor grad_x = with_format(dense_backward(grad_y, x, weight, stride, padding, true), channels_last);
+    const Tensor grad_x = with_format(dense_backward(conv, grad_y, x, weight, stride, padding, true), channels_last);
     if (at_nonzeros)
       torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
         const int64_t n = conv.C * conv.H * conv.W, size = int64_t(x.element_size());
@@ -235,7 +250,7 @@ Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints
   const double dense = 1.3 * dense_product(conv.dtype) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
   Tensor grad_weight = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, false);
   if (!sparse_possible(conv) || std::min(by_x, by_grad) > dense)
-    return with_format(dense_backward(grad_y, x, grad_weight, stride, padding, false), false);
+    return with_format(dense_backward(conv, grad_y, x, grad_weight, stride, padding, false), false);
   torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad < by_x), 1, [&](int64_t begin, int64_t end) {
     kernels().grad_weight(conv, by_grad < by_x, images(grad_y), images(x), grad_weight.data_ptr(), begin, end - begin);
   });

@@ -161,6 +161,24 @@ def test_any_problem(problem, dtype, memory_format):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("active", [0.0, 1.0])
+def test_a_tap_that_only_meets_padding_has_no_gradient(active, memory_format, dtype):
+    """A dense bfloat16 convolution may leave it unwritten: what freed memory held before."""
+    x = sparse_randn(1, 2, 1, 1, active=active, dtype=dtype).to(memory_format=FORMATS[memory_format])
+    for kernel, stride, padding in (((1, 2), (1, 2), (0, 1)), ((2, 2), (2, 2), (1, 1)), ((3, 3), (3, 3), (1, 1))):
+        weight = torch.randn(1, 2, *kernel).to(dtype).requires_grad_()
+        y = sk.functional.sparse_conv2d(x, weight, None, stride, padding)
+        freed = [torch.full((n,), math.nan, dtype=dtype) for n in (2, 4, 8, 16, 32, 64, 128) * 20]
+        del freed
+        y.sum().backward()
+        idle = torch.ones(kernel, dtype=torch.bool)
+        idle[tuple(padding)] = False  # the tap at the only pixel
+        assert (weight.grad[:, :, idle] == 0).all()
+        assert torch.equal(weight.grad[0, :, padding[0], padding[1]], x[0, :, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_infinities_and_nan_reach_the_outputs(memory_format, dtype):
     """NaN is not taken for a zero, nor an infinity clipped; other samples are not touched."""
     weight = torch.rand(24, 20, 3, 3).to(dtype) + 1
