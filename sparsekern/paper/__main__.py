@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsekern.paper", description=__doc__.partition(": ")[2])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.__doc__))
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.HELP))
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command].run(arguments)

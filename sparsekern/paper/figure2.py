@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from sparsekern import sdr
 from sparsekern.paper import plots, results
-from sparsekern.paper.progress import console, track
+from sparsekern.paper.progress import track
+from sparsekern.paper.simulated import SimulatedFigure
 
-HELP = "false matches of binary vectors: simulated circles on predicted lines"
-NAME = "figure2"
 S, THETA = 24, 12
 ACTIVE = ["64", "128", "256", "n/2"]
 DIMENSIONS = [300, 500, 700, 900, 1100, 1300, 1500, 1900, 2300, 2700, 3100, 3500]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trials", type=int, default=1_000_000, metavar="N", help="a circle (default: 1,000,000)")
-    parser.add_argument("--seed", type=int, default=42, help="of the simulation (default: 42)")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="default: %(default)s")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    out = console()
-    configuration = {"s": S, "theta": THETA, "n": DIMENSIONS, "trials": arguments.trials, "seed": arguments.seed}
-    result = results.made_once(
-        arguments.out / f"{NAME}.csv",
-        configuration,
-        lambda: simulate(arguments.trials, arguments.seed, out),
-        report=out.print,
-    )
-    for path in plots.save(draw(result), arguments.out / NAME):
-        out.print(f"drawn in {path}")
-    return 0
-
-
-def show(folder: Path) -> list[Path | str]:
-    path = folder / f"{NAME}.csv"
-    trials = results.read(path).configuration["trials"]
-    note = f"Circles: {trials:,} random vectors each; lines: equation 3, exact; the paper's parameters. From {path}."
-    return [folder / f"{NAME}.png", note]
 
 
 def active(name: str, n: int) -> int:
@@ -90,3 +59,13 @@ def draw(result: results.Result):
         xlim=(DIMENSIONS[0] - 100, DIMENSIONS[-1] + 450),
     )
     return drawing
+
+
+COMMAND = SimulatedFigure(
+    "figure2",
+    "false matches of binary vectors: simulated circles on predicted lines",
+    {"s": S, "theta": THETA, "n": DIMENSIONS},
+    simulate,
+    draw,
+    "Circles: {trials} random vectors each; lines: equation 3, exact; the paper's parameters.",
+)

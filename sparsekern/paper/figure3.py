@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from sparsekern import sdr
 from sparsekern.paper import plots, results
 from sparsekern.paper.figure2 import active
-from sparsekern.paper.progress import console, track
+from sparsekern.paper.progress import track
+from sparsekern.paper.simulated import SimulatedFigure
 
-HELP = "false matches of scalar vectors, by dimension and by the input's scale"
-NAME = "figure3"
 S = 32
 LEFT = {"a": ["64", "128", "256", "n/2"], "n": [300, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500], "scale": [1.0]}
 RIGHT = {"a": ["64", "128", "256"], "n": [1000], "scale": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trials", type=int, default=1_000_000, metavar="N", help="a point (default: 1,000,000)")
-    parser.add_argument("--seed", type=int, default=42, help="of the simulation (default: 42)")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="default: %(default)s")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    out = console()
-    configuration = {"s": S, "left": LEFT, "right": RIGHT, "trials": arguments.trials, "seed": arguments.seed}
-    result = results.made_once(
-        arguments.out / f"{NAME}.csv",
-        configuration,
-        lambda: simulate(arguments.trials, arguments.seed, out),
-        report=out.print,
-    )
-    for path in plots.save(draw(result), arguments.out / NAME):
-        out.print(f"drawn in {path}")
-    return 0
-
-
-def show(folder: Path) -> list[Path | str]:
-    path = folder / f"{NAME}.csv"
-    trials = results.read(path).configuration["trials"]
-    note = (
-        f"Circles: {trials:,} pairs of random vectors each; dotted lines: the simulated matches at each overlap, weighted "
-        f"by the overlap's exact probability; the paper's parameters. From {path}."
-    )
-    return [folder / f"{NAME}.png", note]
 
 
 def points() -> list[tuple[str, str, int, float]]:
@@ -98,3 +64,14 @@ def draw(result: results.Result):
     left.set(xlabel="dimension n", title=f"Scalar vectors: {S} non-zeros, scale S = 1")
     right.set(xlabel="scale S of the input", title="n = 1000")
     return drawing
+
+
+COMMAND = SimulatedFigure(
+    "figure3",
+    "false matches of scalar vectors, by dimension and by the input's scale",
+    {"s": S, "left": LEFT, "right": RIGHT},
+    simulate,
+    draw,
+    "Circles: {trials} pairs of random vectors each; dotted lines: the simulated matches at each overlap, weighted by the "
+    "overlap's exact probability; the paper's parameters.",
+)

@@ -13,7 +13,8 @@ from sparsekern.paper.scores import COMMANDS
 from sparsekern.paper.tables import Table
 
 HELP = "docs/results.md from the result files"
-SECTIONS = {**COMMANDS, "figure5": figure5, "entropy": entropy, "speed": speed, "figure2": figure2, "figure3": figure3,
+SECTIONS = {**COMMANDS, "figure5": figure5, "entropy": entropy, "speed": speed, "figure2": figure2.COMMAND,
+            "figure3": figure3.COMMAND,
             "table3": table3}  # fmt: skip
 BEGINNING = """# The paper's results, reproduced
 

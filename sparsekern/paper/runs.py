@@ -136,14 +136,6 @@ def mean_and_std(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def seconds(seeds: dict[str, list[dict]]) -> float:
-    """How long a run took on average, training and testing."""
-    spent = [
-        sum(float(row["train_seconds"]) + float(row["test_seconds"]) for row in epochs) for epochs in seeds.values()
-    ]
-    return statistics.fmean(spent)
-
-
 def deviations(ours: list[float], theirs: float, std: float) -> str:
     """How far our mean lies from the paper's, in the paper's standard deviations."""
     return f"{(statistics.fmean(ours) - theirs) / std:+.1f}"

@@ -73,7 +73,7 @@ class ScoreCommand:
     def _scores(self, by_run: dict) -> Table:
         columns = ["network", "runs"]
         columns += [f"{score}, best epoch{what}" for score in ("test", "noise") for what in ("", ": paper", ": off by")]
-        columns += ["test, last epoch", "noise, last epoch", "seconds a run"]
+        columns += ["test, last epoch", "noise, last epoch"]
         rows = [[name, str(len(seeds)), *self._cells(name, seeds)] for name, seeds in by_run.items()]
         machines = {
             f"{row['device']}, threads {row['threads']}"
@@ -101,7 +101,7 @@ class ScoreCommand:
             noise[1] = runs.deviations(best.noise, theirs.noise, theirs.noise_std)
         return [
             *(_percent(best.test), *test, ours_as(*mean_and_std(best.noise)), *noise),
-            *(_percent(last.test), ours_as(*mean_and_std(last.noise)), f"{runs.seconds(seeds):.0f}"),
+            *(_percent(last.test), ours_as(*mean_and_std(last.noise))),
         ]
 
     def _order(self, by_run: dict) -> list[str]:
