@@ -49,7 +49,7 @@ Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
       kernels().neighbours(dtype, data, pixels, out, begin, end);
     });
   }
-  Tensor grad = torch::stable::new_empty(grad_y, {O});
+  Tensor grad = empty(grad_y.scalar_type(), {O});
   torch::stable::parallel_for(0, ranges, ceil_div(kGrain, parts * kChannels + 1), [&](int64_t begin, int64_t end) {
     kernels().finish(dtype, out, parts, O, grad.data_ptr(), begin * kChannels, std::min(O, end * kChannels));
   });

@@ -25,14 +25,14 @@ const float* boost_factors(const std::optional<Tensor>& duty_cycle, const std::o
 }
 
 // Calls run(begin, end, counts) for all rows. Each chunk of rows counts for itself, so that counting needs no atomics.
-template <class Run> void count_rows(const Tensor& x, int64_t rows, int64_t row_units, const Tensor& counts, Run run) {
+template <class Run> void count_rows(int64_t rows, int64_t row_units, const Tensor& counts, Run run) {
   const int64_t channels = counts.size(0) - 1;
   int64_t* total = static_cast<int64_t*>(counts.data_ptr());
   total[channels] = rows;
   const int64_t chunks = std::max<int64_t>(
       1, std::min({rows, int64_t(torch::stable::get_num_threads()), rows * row_units / kParallelWork}));
   if (chunks == 1) return run(0, rows, total);
-  Tensor partial = torch::stable::new_zeros(x, {chunks, channels}, ScalarType::Long);
+  Tensor partial = zeros(ScalarType::Long, {chunks, channels});
   int64_t* parts = static_cast<int64_t*>(partial.data_ptr());
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) run(rows * i / chunks, rows * (i + 1) / chunks, parts + i * channels);
@@ -45,13 +45,13 @@ std::tuple<Tensor, Tensor, Tensor> k_winners(const Tensor& x, int64_t k, const s
                                              const std::optional<Tensor>& boost_strength, int64_t channels,
                                              int64_t inner) {
   const int64_t rows = x.size(0), n = x.size(1);
-  Tensor y = torch::stable::empty_like(x);
-  Tensor winners = torch::stable::new_empty(x, {rows, (n + 15) / 16 * 2}, ScalarType::Byte);
-  Tensor counts = torch::stable::new_zeros(x, {channels + 1}, ScalarType::Long);
+  Tensor y = empty(x.scalar_type(), {rows, n});
+  Tensor winners = empty(ScalarType::Byte, {rows, (n + 15) / 16 * 2});
+  Tensor counts = zeros(ScalarType::Long, {channels + 1});
   const KWinnersArgs args{dtype_of("k_winners", x), x.data_ptr(), y.data_ptr(),
                           static_cast<uint8_t*>(winners.data_ptr()),
                           boost_factors(duty_cycle, boost_strength, k, n, channels, inner), n, k, channels, inner};
-  count_rows(x, rows, n, counts, [&](int64_t begin, int64_t end, int64_t* part) {
+  count_rows(rows, n, counts, [&](int64_t begin, int64_t end, int64_t* part) {
     SPARSEKERN_SELECT(k_winners).forward(args, begin, end, part);
   });
   return {y, winners, counts};
@@ -66,15 +66,15 @@ Pooled pooled(const Tensor& x, const void* mean, const void* scale, int64_t k, c
   const bool channels_last = !x.is_contiguous();
   STD_TORCH_CHECK(C * H * W <= INT32_MAX, "max_pool_k_winners2d: wants maps of at most 2^31 - 1 units, got ", C * H * W);
   Tensor y = empty_maps(x, {B, C, P, Q}, channels_last);
-  Tensor winners = torch::stable::new_empty(x, {B, (n + 15) / 16 * 2}, ScalarType::Byte);
-  Tensor offsets = torch::stable::new_empty(x, {B, k}, ScalarType::Int);
-  Tensor counts = torch::stable::new_zeros(x, {C + 1}, ScalarType::Long);
+  Tensor winners = empty(ScalarType::Byte, {B, (n + 15) / 16 * 2});
+  Tensor offsets = empty(ScalarType::Int, {B, k});
+  Tensor counts = zeros(ScalarType::Long, {C + 1});
   const int64_t inner = channels_last ? 1 : P * Q;
   const PooledArgs args{{dtype_of("max_pool_k_winners2d", x), x.data_ptr(), y.data_ptr(),
                          static_cast<uint8_t*>(winners.data_ptr()),
                          boost_factors(duty_cycle, boost_strength, k, n, C, inner), n, k, C, inner},
                         C, H, W, pool, channels_last, static_cast<int32_t*>(offsets.data_ptr()), mean, scale};
-  count_rows(x, B, C * H * W, counts, [&](int64_t begin, int64_t end, int64_t* part) {
+  count_rows(B, C * H * W, counts, [&](int64_t begin, int64_t end, int64_t* part) {
     SPARSEKERN_SELECT(k_winners).forward_pooled(args, begin, end, part);
   });
   return {y, winners, offsets, counts};
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& x) {
   });
   const std::vector<double> sums = add_rows(rows, B, C);
   const ScalarType type = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor mean = torch::stable::new_empty(x, {C}, type), variance = torch::stable::new_empty(x, {C}, type);
+  Tensor mean = empty(type, {C}), variance = empty(type, {C});
   const auto set = [&](const Tensor& t, int64_t c, double value) {
     if (dtype == DType::f64) static_cast<double*>(t.data_ptr())[c] = value;
     else static_cast<float*>(t.data_ptr())[c] = float(value);
@@ -168,7 +168,7 @@ Tensor max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& winners
 Tensor k_winners_backward(const Tensor& grad_y, const Tensor& winners) {
   const KWinnersKernels& kernels = SPARSEKERN_SELECT(k_winners);
   const int64_t rows = grad_y.size(0), n = grad_y.size(1);
-  Tensor grad_x = torch::stable::empty_like(grad_y);
+  Tensor grad_x = empty(grad_y.scalar_type(), {rows, n});
   const DType dtype = dtype_of("k_winners_backward", grad_y);
   torch::stable::parallel_for(0, rows, n > 0 ? kParallelWork / n + 1 : rows + 1, [&](int64_t begin, int64_t end) {
     kernels.backward(dtype, grad_y.data_ptr(), static_cast<const uint8_t*>(winners.data_ptr()), grad_x.data_ptr(), n,

@@ -88,7 +88,7 @@ Tensor dense_weight(const LinearWork& work, const Tensor& weight) {
   if (work.full())
     return torch::stable::from_blob(const_cast<void*>(weight.const_data_ptr()), {w.inputs, w.outputs}, {stride, 1},
                                     weight.device(), weight.scalar_type());
-  Tensor dense = torch::stable::new_empty(weight, {w.inputs, w.outputs});
+  Tensor dense = empty(weight.scalar_type(), {w.inputs, w.outputs});
   torch::stable::parallel_for(0, w.inputs, 64, [&](int64_t begin, int64_t end) {
     kernels().expand(work.dtype, w, weight.const_data_ptr(), dense.mutable_data_ptr(), begin, end);
   });
@@ -97,14 +97,14 @@ Tensor dense_weight(const LinearWork& work, const Tensor& weight) {
 
 // x W^T + bias for a weight (I, O).
 Tensor dense_linear(const LinearWork& work, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Tensor y = torch::stable::new_empty(x, {work.B, work.support.outputs}), dense = dense_weight(work, weight);
+  const Tensor y = empty(x.scalar_type(), {work.B, work.support.outputs}), dense = dense_weight(work, weight);
   multiply(MatrixView::of(y), MatrixView::of(x), MatrixView::of(dense), bias ? bias->const_data_ptr() : nullptr);
   return y;
 }
 
 Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                         bool at_nonzeros) {
-  Tensor grad_x = torch::stable::new_empty(x, {work.B, work.support.inputs});
+  Tensor grad_x = empty(x.scalar_type(), {work.B, work.support.inputs});
   const Tensor dense = dense_weight(work, weight);
   multiply(MatrixView::of(grad_x), MatrixView::of(grad_y), MatrixView::of(dense).transposed(), nullptr);
   if (at_nonzeros) {
@@ -124,7 +124,7 @@ void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tenso
                          w.outputs, w.outputs, 1};
     return multiply(out, MatrixView::of(x).transposed(), MatrixView::of(grad_y), nullptr);
   }
-  const Tensor dense = torch::stable::new_empty(x, {work.support.inputs, work.support.outputs});
+  const Tensor dense = empty(x.scalar_type(), {work.support.inputs, work.support.outputs});
   multiply(MatrixView::of(dense), MatrixView::of(x).transposed(), MatrixView::of(grad_y), nullptr);
   torch::stable::parallel_for(0, work.support.inputs, 64, [&](int64_t begin, int64_t end) {
     kernels().collect(work.dtype, work.support, dense.const_data_ptr(), grad_weight.mutable_data_ptr(), begin, end);
@@ -146,7 +146,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const LinearWork work{Pass::forward, dtype, B, w, rows.size(0)};
   const Way way = choose(work, &x, &x);
   if (way == Way::dense) return dense_linear(work, x, weight, bias);
-  Tensor y = torch::stable::new_empty(x, {B, out_features});
+  Tensor y = empty(x.scalar_type(), {B, out_features});
   if (way == Way::panels) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
@@ -175,7 +175,7 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const Way way = choose(work, at_nonzeros ? &x : nullptr, &grad_y);
   if (way == Way::dense)
     return dense_grad_input(work, grad_y, x, weight, at_nonzeros);
-  Tensor grad_x = torch::stable::new_empty(x, {B, x.size(1)});
+  Tensor grad_x = empty(x.scalar_type(), {B, x.size(1)});
   if (way == Way::panels) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_panels(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
@@ -198,7 +198,7 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
   const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_);
   const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0), I = x.size(1);
-  Tensor grad_weight = torch::stable::new_empty(x, {rows.size(0), group_size});
+  Tensor grad_weight = empty(x.scalar_type(), {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
   const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0)};
   const Way way = choose(work, &x, &x);
