@@ -23,9 +23,10 @@ void check(const char* op, const Tensor& x, const Tensor& other) {
 
 LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int64_t outputs, int64_t group,
                       const std::optional<Tensor>& bits = {}) {
+  // What a module made on a GPU and moved here would be of int32.
   return {ccol_indices.size(0) - 1, outputs, group, (const int32_t*)ccol_indices.const_data_ptr(),
           (const int32_t*)row_indices.const_data_ptr(),
-          bits ? (const uint64_t*)bits->const_data_ptr() : nullptr};
+          bits && bits->scalar_type() == ScalarType::Long ? (const uint64_t*)bits->const_data_ptr() : nullptr};
 }
 
 // A thread is worth waking for about this many multiply-adds.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
 from sparsekern.ops import _check
-from sparsekern.ops.sparse_linear import pack_support, sparse_linear_prepared, sparse_linear_rows
+from sparsekern.ops.sparse_linear import forward_op, pack_support, sparse_linear_prepared, sparse_linear_rows
 from sparsekern.ops.sparse_linear_reference import compress, densify
 
 
@@ -114,31 +114,34 @@ class SparseLinear(nn.Module):
         """Another one whenever someone replaces the support or writes to it."""
         return id(rows), None if rows.is_inference() else rows._version
 
+    def _support_bits(self) -> Tensor | None:
+        """What :func:`pack_support` makes of the support as it is now."""
+        rows = self._buffers["row_indices"]
+        if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
+            if torch._C._are_functorch_transforms_active():
+                return None  # rows is one of many supports
+            self._pack_support()
+        return self._buffers["support_bits"]
+
     def forward(self, x: Tensor) -> Tensor:
-        # Module.__getattr__ costs as much as the sums of a small layer; a parametrized weight is no parameter.
+        # What is looked up, called and checked here takes as long as the sums of a small layer. Module.__getattr__ is the
+        # slowest of all; a parametrized weight is no parameter.
         parameters, buffers = self._parameters, self._buffers
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (it would look up both)
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        rows, bits = buffers["row_indices"], buffers["support_bits"]
-        if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
-            if torch._C._are_functorch_transforms_active():
-                bits = None  # rows is one of many supports
-            else:
-                self._pack_support()
-                bits = buffers["support_bits"]
-        # What the general way checks and casts costs as much as a small layer.
-        plain = x.is_cpu and x.dtype is weight.dtype and x.dim() == 2 and x.shape[1] == self.in_features
-        function = sparse_linear_rows if plain and not torch.is_autocast_enabled("cpu") else sparse_linear_prepared
-        return function(
-            x,
-            weight,
-            buffers["ccol_indices"],
-            rows,
-            self.out_features,
-            bias,
-            self.sparse_input_grad,
-            bits if x.is_cpu else None,
+        ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
+        bits = self._support_bits() if self.group_size == 1 else None
+        plain = (
+            x.is_cpu
+            and x.dtype is weight.dtype
+            and x.dim() == 2
+            and x.shape[1] == self.in_features
+            and not is_autocast_enabled("cpu")
         )
+        if plain and not is_grad_enabled():
+            return forward_op(x, weight, bias, ccol, rows, out_features, bits)
+        function = sparse_linear_rows if plain else sparse_linear_prepared
+        return function(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits)
 
     @property
     def density(self) -> float:
