@@ -173,7 +173,11 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
     tipped = 0.0  # by how much batch norm's rounding may move a boosted value
     if getattr(layer, "norm", None) is not None:
         call, tipped = _normalised(layer, call)
-    call = _pooled(layer, call)
+    return check_choice(layer, _pooled(layer, call), duty_cycle, tipped)
+
+
+def check_choice(layer: nn.Module, call: Call, duty_cycle: Tensor, tipped: float) -> Checked:
+    """The choice itself, among call.x; a boosted unit may be off by ``tipped`` times the largest boost factor."""
     rows = _winner_rows(layer, call.x)
     n = rows.shape[-1]
     k = layer._k(n)
@@ -185,17 +189,17 @@ def check_k_winners(layer: nn.Module, call: Call, duty_cycle: Tensor) -> Checked
     y = _winner_rows(layer, call.y)
     won = y != 0
     count = won.sum(1)  # a winner whose value is zero looks like a loser, and changes nothing
-    _require(((count == k) | ((count < k) & (rows == 0).any(1))).all(), f"not {k} winners in each row")
-    _require(torch.equal(y[won], rows[won]), "a winner's value was changed")
+    require(((count == k) | ((count < k) & (rows == 0).any(1))).all(), f"not {k} winners in each row")
+    require(torch.equal(y[won], rows[won]), "a winner's value was changed")
     lowest = boosted.masked_fill(~won, torch.inf).amin(1)
     highest = boosted.masked_fill(won, -torch.inf).amax(1)
     # Two roundings of each, of the boost factor and of its product with x, may bring neighbours into another order.
     slack = 4 * unit_roundoff(torch.float32) * torch.maximum(lowest.abs(), highest.abs()) + tipped * boost.max()
-    _require((lowest >= highest - slack).all(), "a loser is above a winner")
+    require((lowest >= highest - slack).all(), "a loser is above a winner")
     if call.grad_x is not None:
         grad_x, grad_y = _winner_rows(layer, call.grad_x), _winner_rows(layer, call.grad_y)
         right = torch.where(won, grad_x == grad_y, (grad_x == 0) | (rows == 0))
-        _require(right.all(), "the gradient is not that of the winners")
+        require(right.all(), "the gradient is not that of the winners")
     return Checked(moved=_bytes(call.x, call.y), held=_bytes(call.x, call.y))
 
 
@@ -222,7 +226,7 @@ def _normalised(layer: nn.Module, call: Call) -> tuple[Call, float]:
     pooled, taken = (t.flatten(2) for t in F.max_pool2d(z, layer.max_pool, return_indices=True))
     y = call.y.flatten(2)
     right = (y - pooled).abs() <= bound.flatten(2).gather(2, taken)
-    _require(right[y != 0].all(), "batch norm of a winner is wrong")
+    require(right[y != 0].all(), "batch norm of a winner is wrong")
     values = torch.where(y != 0, y, pooled.to(y.dtype))
     normalised = z.to(y.dtype).flatten(2).scatter(2, taken, values).view(x.shape)
     if call.grad_x is None:
@@ -236,7 +240,7 @@ def _normalised(layer: nn.Module, call: Call) -> tuple[Call, float]:
     means = (grad.abs() * bound).mean((0, 2, 3)).view(-1, 1, 1)
     allowed = 2 * relative * size + scale * (z.abs() * means + bound * second.abs())
     allowed = allowed + unit_roundoff(call.x.dtype) * wanted.abs()
-    _require(((call.grad_x - wanted).abs() <= allowed).all(), "batch norm's gradient is wrong")
+    require(((call.grad_x - wanted).abs() <= allowed).all(), "batch norm's gradient is wrong")
     return replace(call, x=normalised, grad_x=grad.to(y.dtype)), float(2 * bound.max())
 
 
@@ -249,7 +253,7 @@ def _pooled(layer: nn.Module, call: Call) -> Call:
     grad_x = call.grad_x
     if grad_x is not None:
         grad_x = grad_x.flatten(2).gather(2, taken.flatten(2)).view(x.shape)
-        _require(grad_x.count_nonzero() == call.grad_x.count_nonzero(), "a gradient where nothing was taken from")
+        require(grad_x.count_nonzero() == call.grad_x.count_nonzero(), "a gradient where nothing was taken from")
     return replace(call, x=x, grad_x=grad_x)
 
 
@@ -272,7 +276,7 @@ def _is_nonzero(t: Tensor) -> Tensor:
     return (t != 0).double()
 
 
-def _require(condition, message: str) -> None:
+def require(condition, message: str) -> None:
     if not condition:
         raise WrongResult(f"k-winners: {message}")
 

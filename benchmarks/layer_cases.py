@@ -209,8 +209,10 @@ def _prepare_k_winners(layer: str, pooled: bool, options: Options) -> Prepared:
     """The whole of k-winners in training: boost, select, mask, duty cycle; with or without the pooling in front."""
     model, xs = _inputs("speech sparseCNN2", layer, 64, options)
     ours = model.get_submodule(layer)
-    if layer != "winners":  # what comes out of its batch norm
-        xs, ours.norm = [F.batch_norm(x, None, None, training=True) for x in xs], None
+    if layer != "winners":  # what comes out of its convolution and batch norm
+        with torch.no_grad():
+            xs = [F.batch_norm(ours.conv(x), None, None, training=True) for x in xs]
+        ours.conv = ours.norm = None
     if layer != "winners" and not pooled:
         xs, ours.max_pool = [F.max_pool2d(x, ours.max_pool) for x in xs], 1
     plain = copy.deepcopy(ours)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import sparsekern as sk
 from cases import POOL, Case, Options, Prepared, images, in_turn, network, settled
 from checking import Call, Checked, DenseReference, check_k_winners
+from checking_convolved import check_convolved
 from report import DENSE, OURS
 from sparsekern.paper.networks import CLASSES, Network
 from sparsekern.paper.plain import rezero_
@@ -128,6 +129,10 @@ def _check_layer(module: nn.Module, inputs: Tensor, y: Tensor, training: bool, d
     call = Call(inputs.detach().clone(), y.detach().clone())
     if training:
         call.grad_y, call.grad_x = y.grad, inputs.grad
+    if getattr(module, "conv", None) is not None:
+        if training:
+            call.grad_weight, call.grad_bias = module.conv.weight.grad, module.conv.bias.grad
+        return check_convolved(module, call, duty_cycles[module])
     if module in duty_cycles:
         return check_k_winners(module, call, duty_cycles[module])
     if isinstance(module, (nn.Linear, nn.Conv2d, sk.SparseLinear, sk.SparseConv2d)):

@@ -122,10 +122,12 @@ template <class T> void normalise(const PooledArgs& a, acc_t<T>* most) {
       for (int64_t p = 0; p < locations; p++) most[p] = rounded((most[p] - mean[c]) * scale[c]);
 }
 
-template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+// map(row, most, taken): writes a row's pooled units and where they were taken from.
+template <class T, class Map>
+void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts, const Map& map) {
   using A = acc_t<T>;
   using K = key_t<T>;
-  const int64_t n = a.rows.n, k = a.rows.k, map = a.C * a.H * a.W;
+  const int64_t n = a.rows.n, k = a.rows.k;
   const int64_t padded = (n + kLanes - 1) / kLanes * kLanes, bytes = padded / 8;
   K* keys = static_cast<K*>(scratch(kKeys, size_t(padded) * sizeof(K)));
   K* room = static_cast<K*>(scratch(kRoom, size_t(padded + kLanes) * sizeof(K)));
@@ -137,14 +139,13 @@ template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, 
   int32_t* taken = reinterpret_cast<int32_t*>(most + padded);
   Guess<K> guess{};
   for (int64_t row = begin; row < end; row++) {
-    const T* x = static_cast<const T*>(a.rows.x) + row * map;
     T* y = static_cast<T*>(a.rows.y) + row * n;
     uint8_t* winners = a.rows.winners + row * bytes;
     if (k == 0) {
       std::memset(y, 0, size_t(n) * sizeof(T)), std::memset(winners, 0, size_t(bytes));
       continue;
     }
-    pool_map(x, a, most, taken);
+    map(row, most, taken);
     if (a.mean != nullptr) normalise<T>(a, most);
     K lo, hi;
     if (a.rows.factors != nullptr) make_keys<A, true>(most, a.rows.factors, n, keys, lo, hi);
@@ -166,6 +167,7 @@ template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, 
     if constexpr (std::is_same_v<T, A>) {
       std::memcpy(y, most, size_t(n) * sizeof(T));
     } else {
+      const T* x = static_cast<const T*>(a.rows.x) + row * a.C * a.H * a.W;
       std::memset(y, 0, size_t(n) * sizeof(T));
       for (int64_t j = 0; j < n; j += kLanes)
         for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1)
@@ -177,12 +179,22 @@ template <class T> void forward_pooled_rows(const PooledArgs& a, int64_t begin, 
   for (int64_t c = 0; lanes != nullptr && c < a.C; c++) counts[c] += lanes[c];
 }
 
-void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+// Calls rows(begin, end) for parts of the rows: a 32-bit lane counter takes n / channels wins a row at most.
+template <class F>
+SPARSEKERN_INLINE void for_counted_rows(const PooledArgs& a, int64_t begin, int64_t end, const F& rows) {
   if (a.rows.n == 0) return;
-  // A 32-bit lane counter takes n / channels wins a row at most.
   const int64_t step = (int64_t(1) << 30) / (a.rows.n / a.C + 1) + 1;
-  for (int64_t row = begin; row < end; row += step)
-    dispatch(a.rows.dtype, [&]<class T>() { forward_pooled_rows<T>(a, row, row + step < end ? row + step : end, counts); });
+  for (int64_t row = begin; row < end; row += step) rows(row, row + step < end ? row + step : end);
+}
+
+void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+  for_counted_rows(a, begin, end, [&](int64_t begin, int64_t end) {
+    dispatch(a.rows.dtype, [&]<class T>() {
+      forward_pooled_rows<T>(a, begin, end, counts, [&](int64_t row, acc_t<T>* most, int32_t* taken) {
+        pool_map(static_cast<const T*>(a.rows.x) + row * a.C * a.H * a.W, a, most, taken);
+      });
+    });
+  });
 }
 
 void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,

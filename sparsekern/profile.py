@@ -109,10 +109,11 @@ def profile(model: nn.Module, x: Tensor, *, repeats: int = 20, show: bool = True
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"profile: wants repeats of at least 1, got {repeats!r}")
     calls: list[tuple[str, nn.Module, Tensor]] = []
+    inside = {module.conv for module in model.modules() if isinstance(module, KWinners2d)}  # measured with their layer
     handles = [
         module.register_forward_pre_hook(lambda m, args, name=name: calls.append((name, m, args[0].detach())))
         for name, module in model.named_modules()
-        if isinstance(module, PROFILED)
+        if isinstance(module, PROFILED) and module not in inside
     ]
     modes = {module: module.training for module in model.modules()}
     try:
@@ -150,14 +151,16 @@ def _profile_layer(name: str, module: nn.Module, x: Tensor, repeats: int) -> Lay
 
 def _dense_counterpart(module: nn.Module) -> nn.Module:
     if isinstance(module, (KWinners, KWinners2d)):
-        return nn.ReLU()
+        conv = getattr(module, "conv", None)
+        return nn.ReLU() if conv is None else nn.Sequential(_dense_counterpart(conv), nn.ReLU())
     return module.to_dense() if isinstance(module, (SparseLinear, SparseConv2d)) else module
 
 
 def _products(module: nn.Module, x: Tensor) -> tuple[int, int]:
     """The dense products of a call, and those whose two factors both exist and are not zero."""
     if isinstance(module, (KWinners, KWinners2d)):
-        return 0, 0
+        conv = getattr(module, "conv", None)
+        return _products(conv, x) if isinstance(conv, (nn.Conv2d, SparseConv2d)) else (0, 0)
     active = (x != 0).double()
     if isinstance(module, (nn.Linear, SparseLinear)):
         weight = module.weight if isinstance(module, nn.Linear) else module.densify(module.weight)

@@ -15,13 +15,25 @@ from hypothesis import strategies as st
 import sparsekern as sk
 from oracle import compare, sparse_randn
 from sparsekern.nn.mask import draw_supports, supports_to_indices
-from sparsekern.ops import grad_bias_reference, k_winners_reference, sparse_conv2d_reference, sparse_linear_reference
+from sparsekern.ops import (
+    conv_k_winners_reference,
+    grad_bias_reference,
+    k_winners_reference,
+    sparse_conv2d_reference,
+    sparse_linear_reference,
+)
 from sparsekern.ops._library import triton_body
 from tolerance import DTYPES, DUTY_CYCLE, assert_same_bits
 
 PACKAGE = Path(sk.__file__).parent
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
-REFERENCES = (k_winners_reference, sparse_linear_reference, sparse_conv2d_reference, grad_bias_reference)
+REFERENCES = (
+    k_winners_reference,
+    conv_k_winners_reference,
+    sparse_linear_reference,
+    sparse_conv2d_reference,
+    grad_bias_reference,
+)
 SCHEMAS = {schema.name: schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("sparsekern::")}
 
 
@@ -95,8 +107,8 @@ def test_functional_and_reference_have_one_signature(name):
 SIGNATURES = {
     "KWinners": "(n, k=None, *, density=None, k_inference_factor=1.5, boost_strength=1.0, boost_strength_factor=1.0,"
     " duty_cycle_period=1000)",
-    "KWinners2d": "(channels, k=None, *, density=None, local=False, norm=None, max_pool=1, k_inference_factor=1.5,"
-    " boost_strength=1.0, boost_strength_factor=1.0, duty_cycle_period=1000)",
+    "KWinners2d": "(channels, k=None, *, density=None, local=False, conv=None, norm=None, max_pool=1,"
+    " k_inference_factor=1.5, boost_strength=1.0, boost_strength_factor=1.0, duty_cycle_period=1000)",
     "SparseLinear": "(in_features, out_features, bias=True, *, density, group_size=1, sparse_input_grad=False,"
     " device=None, dtype=None)",
     "SparseConv2d": "(in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, density=1.0,"
@@ -133,6 +145,10 @@ def samples():
     _, pooled_winners, offsets, _ = k_winners_reference.max_pool_k_winners2d(torch.randn(2, 3, 6, 5), 4, None, None, 2)
     image, filters = sparse_randn(2, 3, 6, 5, active=0.3, dtype=torch.float32), torch.randn(4, 3, 3, 2)
     grad_image = torch.randn(2, 4, 4, 4)
+    gray, taps = torch.randn(2, 1, 6, 7), (torch.randn(16, 1, 3, 2), torch.randn(16))
+    y, taken_winners, taken, _ = conv_k_winners_reference.conv_max_pool_k_winners2d(
+        gray, *taps, None, None, 4, None, None
+    )
     return {
         "k_winners": (rows, 4, duty_cycle, torch.tensor(1.0), 20, 1),
         "k_winners_backward": (rows, winners),
@@ -150,6 +166,17 @@ def samples():
             torch.zeros(3),
             torch.ones(3),
         ),
+        "conv_max_pool_k_winners2d": (
+            gray,
+            *taps,
+            torch.zeros(16),
+            torch.ones(16),
+            4,
+            torch.rand(16),
+            torch.tensor(1.0),
+        ),
+        "conv_max_pool_k_winners2d_grad_weight": (torch.randn_like(y), taken_winners, taken, gray, [3, 2]),
+        "patch_moments": (gray, [3, 2]),
         "sparse_linear": (x, weight, torch.randn(24), ccol, row, 24),
         "sparse_linear_grad_input": (grad_y, x, weight, ccol, row, True),
         "sparse_linear_grad_weight": (grad_y, x, ccol, row, 8),

@@ -49,7 +49,8 @@ def test_units_winners_and_weights_are_the_tables(network):
     for i, (k, n) in enumerate(zip(network.k, units, strict=True), 1):
         layer = model.get_submodule(f"winners{i}")
         assert isinstance(layer, nn.ReLU) if k == n else layer.k == k
-        assert isinstance(model.get_submodule(f"conv{i}"), sk.SparseConv2d) == (i > 1 and network.k[0] < units[0])
+        conv = layer.conv if i == 1 and isinstance(layer, sk.KWinners2d) else model.get_submodule(f"conv{i}")
+        assert isinstance(conv, sk.SparseConv2d) == (i > 1 and network.k[0] < units[0])
     if network.density == 1:
         assert type(model.hidden) is nn.Linear
     else:

@@ -8,7 +8,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from sparsekern.ops import _check
+from sparsekern.nn.sparse_conv2d import SparseConv2d
+from sparsekern.ops import _check, conv_k_winners
 from sparsekern.ops.k_winners import (
     channel_moments,
     k_winners2d_counted,
@@ -228,15 +229,40 @@ class KWinners(_KWinnersBase):
         return f"{self.n}, {super().extra_repr()}"
 
 
-def _norm_fuses(norm: nn.Module, x: Tensor) -> bool:
+def _norm_fuses(norm: nn.Module, x: Tensor, channels: int, needs_grad: bool) -> bool:
     """Whether a module before pooling is batch norm and nothing else, which keeps the order of a channel's units."""
-    if type(norm) is not nn.BatchNorm2d or norm.affine or norm._forward_hooks or norm._forward_pre_hooks:
+    if type(norm) is not nn.BatchNorm2d or norm.affine or _hooked(norm):
         return False
-    if norm.num_features != x.shape[1] or torch._C._are_functorch_transforms_active():
+    if norm.num_features != channels or torch._C._are_functorch_transforms_active():
         return False
     if norm.training or norm.running_mean is None:
-        return x[:, 0].numel() > 1
-    return not (x.requires_grad and torch.is_grad_enabled())
+        return x.shape[0] * x.shape[2] * x.shape[3] > 1
+    return not needs_grad
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _conv_fuses(conv: nn.Module, x: Tensor) -> bool:
+    """Whether a module before all else is a plain convolution that the op for one-channel images takes."""
+    if type(conv) is nn.Conv2d:
+        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    else:
+        plain = type(conv) is SparseConv2d and conv.mask is None
+    return (
+        plain
+        and conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid")
+        and conv.in_channels == 1
+        and not _hooked(conv)
+        and x.dim() == 4
+        and x.shape[2] > conv.kernel_size[0]
+        and x.shape[3] > conv.kernel_size[1]
+        and conv_k_winners.serves(x, conv.weight)
+    )
 
 
 def _dense_format(x: Tensor) -> Tensor:
@@ -244,16 +270,18 @@ def _dense_format(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
+def _norm_by_running(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """What batch norm takes from its input and multiplies by, by channel; None where those are the input's own."""
+    if norm.training or norm.running_mean is None:
+        return None
+    return norm.running_mean.to(dtype), torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+
+
 @torch.no_grad()
-def _norm_mean_and_scale(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What batch norm takes from x and multiplies by, by channel; moves the running moments as the module would."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if not (norm.training or norm.running_mean is None):
-        return norm.running_mean.to(dtype), torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    mean, variance = channel_moments(x)
+def _norm_by_moments(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The same by the moments of an input of n values a channel; moves the running moments as the module would."""
     if norm.training and norm.track_running_stats:
         norm.num_batches_tracked.add_(1)
-        n = x[:, 0].numel()
         for running, new in ((norm.running_mean, mean), (norm.running_var, variance * (n / (n - 1)))):
             step = new.to(running.dtype) - running
             running.add_(step / norm.num_batches_tracked if norm.momentum is None else step * norm.momentum)
@@ -271,6 +299,10 @@ class KWinners2d(_KWinnersBase):
         k: winners of each sample (of each location if local) in training.
         density: k as a fraction of the units chosen from, in (0, 1]; exactly one of k and density is given.
         local: choose winners at each location rather than in the whole map.
+        conv: a module applied before all else, ``nn.Conv2d`` for instance, as if it came before this layer. On a CPU, one
+            of one-channel float32 images with a multiple of 16 filters (stride 1, no padding) takes part in the one pass
+            of ``max_pool=2``, so that its map is never written: the same to rounding, in channels-last. Where x needs a
+            gradient, they go one after the other.
         norm: a module applied before pooling, ``nn.BatchNorm2d`` for instance, as if it came before this layer. On a CPU,
             ``nn.BatchNorm2d(channels, affine=False)`` takes part in the one pass of max_pool: the same to rounding, but
             its gradient in training cannot be differentiated again.
@@ -278,7 +310,8 @@ class KWinners2d(_KWinnersBase):
             whose backward touches the winners alone; 1 for no pooling.
         k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period: as in :class:`KWinners`.
 
-    Shape: x (B, C, H, W) of any floating-point dtype -> (B, C, H // max_pool, W // max_pool), in x's memory format.
+    Shape: x, or what conv makes of it, (B, C, H, W) of any floating-point dtype -> (B, C, H // max_pool, W // max_pool), in
+    the same memory format.
 
     Buffers: ``duty_cycle`` (C,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32.
     """
@@ -290,6 +323,7 @@ class KWinners2d(_KWinnersBase):
         *,
         density: float | None = None,
         local: bool = False,
+        conv: nn.Module | None = None,
         norm: nn.Module | None = None,
         max_pool: int = 1,
         k_inference_factor: float = 1.5,
@@ -299,8 +333,9 @@ class KWinners2d(_KWinnersBase):
     ):
         _check.integer("KWinners2d", "channels", channels, 1)
         _check.integer("KWinners2d", "max_pool", max_pool, 1)
-        if norm is not None and not isinstance(norm, nn.Module):
-            raise TypeError(f"KWinners2d: wants a module or None for norm, got {type(norm).__name__}")
+        for name, module in (("conv", conv), ("norm", norm)):
+            if module is not None and not isinstance(module, nn.Module):
+                raise TypeError(f"KWinners2d: wants a module or None for {name}, got {type(module).__name__}")
         super().__init__(
             channels if local else None,
             channels,
@@ -314,14 +349,19 @@ class KWinners2d(_KWinnersBase):
         self.channels = channels
         self.local = local
         self.max_pool = max_pool
+        self.conv = conv
         self.norm = norm
         self._units: int | None = channels if local else None  # of the last map seen; for max_entropy
 
     def forward(self, x: Tensor) -> Tensor:
         _check.is_float_tensor("KWinners2d", "x", x)
-        if x.dim() != 4 or x.shape[1] != self.channels:
+        conv_fused = self.conv is not None and self.max_pool == 2 and not self.local and _conv_fuses(self.conv, x)
+        if self.conv is not None and not conv_fused:
+            x = self.conv(x)
+        channels, rows, columns = self._map_size(x, conv_fused)
+        if channels != self.channels:
             raise ValueError(f"KWinners2d: wants x of shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
-        height, width = x.shape[2] // self.max_pool, x.shape[3] // self.max_pool
+        height, width = rows // self.max_pool, columns // self.max_pool
         if self.max_pool > 1 and not (height and width):
             raise ValueError(f"KWinners2d: wants H and W at least {self.max_pool} (max_pool), got {tuple(x.shape)}")
         locations = height * width
@@ -331,7 +371,9 @@ class KWinners2d(_KWinnersBase):
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
         # In one pass, unless there is nothing to choose.
         fused = self.max_pool > 1 and not (relu or self.local) and x.device.type == "cpu"
-        norm_fused = fused and self.norm is not None and _norm_fuses(self.norm, x)
+        norm_fused = fused and self.norm is not None and self._norm_fuses(x, conv_fused)
+        if conv_fused and (relu or (self.norm is not None and not norm_fused)):
+            x, conv_fused = self.conv(x), False
         if self.norm is not None and not norm_fused:
             x = self.norm(x)
         if self.max_pool > 1 and not fused:
@@ -339,18 +381,49 @@ class KWinners2d(_KWinnersBase):
         if relu:
             return torch.relu(x)
         self._units = n
-        k, duty_cycle, boost_strength = self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"]
-        if norm_fused:
-            x = _dense_format(x)
-            mean, scale = _norm_mean_and_scale(self.norm, x)
-            y, counts = norm_max_pool_k_winners2d_counted(x, mean, scale, k, duty_cycle, boost_strength, self.max_pool)
-        elif fused:
-            y, counts = max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, self.max_pool)
-        else:
-            y, counts = k_winners2d_counted(x, k, duty_cycle, boost_strength, self.local)
+        y, counts = self._choose(x, n, conv_fused, norm_fused, fused)
         if self.training and locations > 0:
             self._update_duty_cycle(counts, locations if self.local else 1, locations)
         return y
+
+    def _map_size(self, x: Tensor, conv_fused: bool) -> tuple[int, int, int]:
+        """Channels, rows and columns of the map that is pooled; no channels where x is not one."""
+        if conv_fused:
+            (KH, KW), (H, W) = self.conv.kernel_size, x.shape[2:]
+            return self.conv.out_channels, H - KH + 1, W - KW + 1
+        return tuple(x.shape[1:]) if x.dim() == 4 else (0, 0, 0)
+
+    def _norm_fuses(self, x: Tensor, conv_fused: bool) -> bool:
+        needs_grad = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.conv.parameters()) if conv_fused else x.requires_grad
+        )
+        return _norm_fuses(self.norm, x, self.channels, needs_grad)
+
+    def _choose(self, x: Tensor, n: int, conv_fused: bool, norm_fused: bool, fused: bool) -> tuple[Tensor, Tensor]:
+        """The winners and the counts, behind what was not applied yet of convolution, norm and pooling."""
+        choice = (self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"])
+        if conv_fused:
+            return self._choose_convolved(x, norm_fused, choice)
+        if norm_fused:
+            x = _dense_format(x)
+            by = _norm_by_running(self.norm, torch.promote_types(x.dtype, torch.float32))
+            mean, scale = by or _norm_by_moments(self.norm, *channel_moments(x.detach()), x[:, 0].numel())
+            return norm_max_pool_k_winners2d_counted(x, mean, scale, *choice, self.max_pool)
+        if fused:
+            return max_pool_k_winners2d_counted(x, *choice, self.max_pool)
+        return k_winners2d_counted(x, *choice, self.local)
+
+    def _choose_convolved(self, x: Tensor, norm_fused: bool, choice: tuple) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv.weight, self.conv.bias
+        if not norm_fused:
+            return conv_k_winners.conv_max_pool_k_winners2d_counted(x, weight, bias, *choice)
+        moments, by = None, _norm_by_running(self.norm, torch.float32)
+        if by is None:
+            moments = conv_k_winners.patch_moments(x.contiguous(), weight.shape[2:])
+            _, rows, columns = self._map_size(x, True)
+            n = x.shape[0] * rows * columns
+            by = _norm_by_moments(self.norm, *conv_k_winners.conv_moments(moments, weight, bias), n)
+        return conv_k_winners.conv_norm_max_pool_k_winners2d_counted(x, weight, bias, *by, moments, *choice)
 
     def _max_entropy_density(self) -> float:
         if self.density is not None:

@@ -104,7 +104,7 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
     channels = 1
     behind_k_winners = False  # whether the next layer's input comes out of k-winners, whose backward drops the losers
     for i, (filters, k, side) in enumerate(zip(network.filters, network.k, network.map_sizes(), strict=True), 1):
-        layers[f"conv{i}"] = (
+        conv = (
             sk.SparseConv2d(channels, filters, KERNEL, sparse_input_grad=True)
             if behind_k_winners
             else nn.Conv2d(channels, filters, KERNEL)
@@ -112,8 +112,13 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
         norm = nn.BatchNorm2d(filters, affine=False) if network.batch_norm else None
         behind_k_winners = not dense and k < filters * side * side
         if behind_k_winners and not plain:
-            layers[f"winners{i}"] = sk.KWinners2d(filters, k, norm=norm, max_pool=POOL, **_boosting(network))
+            if i > 1:
+                layers[f"conv{i}"] = conv
+            layers[f"winners{i}"] = sk.KWinners2d(
+                filters, k, conv=conv if i == 1 else None, norm=norm, max_pool=POOL, **_boosting(network)
+            )
         else:
+            layers[f"conv{i}"] = conv
             if norm is not None:
                 layers[f"norm{i}"] = norm
             layers[f"pool{i}"] = nn.MaxPool2d(POOL)

@@ -1,0 +1,45 @@
+// What the registrations of k-winners share: the boost factors, and how rows are cut into parts.
+#pragma once
+#include <algorithm>
+#include <optional>
+
+#include "k_winners.h"
+#include "tensor.h"
+
+namespace sparsekern {
+namespace {
+
+constexpr int64_t kParallelWork = 32768; // units a thread: below, starting threads costs more than it saves
+
+// The factors of Algorithm 1 in the calling thread's scratch; null where nothing is boosted.
+const float* boost_factors(const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
+                           int64_t k, int64_t n, int64_t channels, int64_t inner) {
+  const float strength = boost_strength ? *static_cast<const float*>(boost_strength->data_ptr()) : 0.0f;
+  if (!duty_cycle || strength == 0 || n == 0) return nullptr; // a strength of 0 multiplies by 1
+  const Tensor duty = torch::stable::contiguous(*duty_cycle);
+  float* factors = static_cast<float*>(scratch(kFactorsSlot, size_t(n) * sizeof(float)));
+  SPARSEKERN_SELECT(k_winners)
+      .boost_factors(static_cast<const float*>(duty.data_ptr()), double(k) / double(n), strength, channels, inner, n,
+                     factors);
+  return factors;
+}
+
+// Calls run(begin, end, counts) for all rows. Each chunk of rows counts for itself, so that counting needs no atomics.
+template <class Run> void count_rows(int64_t rows, int64_t row_units, const Tensor& counts, Run run) {
+  const int64_t channels = counts.size(0) - 1;
+  int64_t* total = static_cast<int64_t*>(counts.data_ptr());
+  total[channels] = rows;
+  const int64_t chunks = std::max<int64_t>(
+      1, std::min({rows, int64_t(torch::stable::get_num_threads()), rows * row_units / kParallelWork}));
+  if (chunks == 1) return run(0, rows, total);
+  Tensor partial = zeros(ScalarType::Long, {chunks, channels});
+  int64_t* parts = static_cast<int64_t*>(partial.data_ptr());
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) run(rows * i / chunks, rows * (i + 1) / chunks, parts + i * channels);
+  });
+  for (int64_t i = 0; i < chunks; i++)
+    for (int64_t c = 0; c < channels; c++) total[c] += parts[i * channels + c];
+}
+
+} // namespace
+} // namespace sparsekern
