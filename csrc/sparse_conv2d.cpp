@@ -186,7 +186,17 @@ Tensor dense_backward(const Conv2d& conv, const Tensor& grad_y, const Tensor& x,
   return want_input ? grad_x : grad_weight;
 }
 
+// Python has checked what users pass; this keeps a wrong call of the bare op from reading beyond a tensor.
+void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && x.size(1) == weight.size(1) &&
+                      (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
+                  "sparse_conv2d: wants x (B, C, H, W), weight (O, C, KH, KW) and bias (O,)");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()),
+                  "sparse_conv2d: wants weight and bias in the dtype of x");
+}
+
 Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding) {
+  check(x, weight, bias);
   const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
   if (!sparse_pays(conv, false, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
   Tensor y = empty_maps(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());

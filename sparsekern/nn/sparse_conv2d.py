@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports
 from sparsekern.ops import _check
-from sparsekern.ops.sparse_conv2d import pair, sparse_conv2d_prepared
+from sparsekern.ops.sparse_conv2d import is_plain, pair, sparse_conv2d_images, sparse_conv2d_prepared
 
 
 class SparseConv2d(nn.Module):
@@ -89,8 +89,14 @@ class SparseConv2d(nn.Module):
                 self.weight.mul_(self.mask)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.mask is None else self.weight * self.mask
-        return sparse_conv2d_prepared(x, weight, self.bias, self.stride, self.padding, self.sparse_input_grad)
+        # As in SparseLinear: look-ups and checks take as long as a small layer.
+        parameters, mask = self._parameters, self._buffers["mask"]
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (it would look up both)
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        if mask is not None:
+            weight = weight * mask
+        function = sparse_conv2d_images if is_plain(x, weight, self.padding) else sparse_conv2d_prepared
+        return function(x, weight, bias, self.stride, self.padding, self.sparse_input_grad)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Conv2d:

@@ -132,7 +132,9 @@ class SparseLinear(nn.Module):
         ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
         bits = self._support_bits() if self.group_size == 1 else None
         plain = (
-            x.is_cpu
+            isinstance(x, Tensor)
+            and x.is_cpu
+            and weight.is_cpu
             and x.dtype is weight.dtype
             and x.dim() == 2
             and x.shape[1] == self.in_features

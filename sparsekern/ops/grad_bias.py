@@ -18,9 +18,12 @@ define(
 )
 
 
+_grad_bias = torch.ops.sparsekern.grad_bias.default
+
+
 def grad_bias(
     grad_y: Tensor,  # (B, O) or (B, O, H, W)
     twice: bool,
 ) -> Tensor:
     """The sum over all but the channels, (O,); differentiable again if twice."""
-    return reference.grad_bias(grad_y) if twice else torch.ops.sparsekern.grad_bias.default(grad_y)
+    return reference.grad_bias(grad_y) if twice else _grad_bias(grad_y)

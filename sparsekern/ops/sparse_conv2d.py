@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
@@ -46,10 +46,16 @@ define(
 )
 
 
+# The overloads themselves: a call by the op's name finds them anew each time.
+forward_op = torch.ops.sparsekern.sparse_conv2d.default
+_grad_input = torch.ops.sparsekern.sparse_conv2d_grad_input.default
+_grad_weight = torch.ops.sparsekern.sparse_conv2d_grad_weight.default
+
+
 class SparseConv2dFunction(Function):
     @staticmethod
     def forward(x, weight, bias, stride, padding, sparse_input_grad):
-        return torch.ops.sparsekern.sparse_conv2d.default(x, weight, bias, stride, padding)
+        return forward_op(x, weight, bias, stride, padding)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -59,14 +65,16 @@ class SparseConv2dFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
+        # A second derivative goes through the plain bodies.
         twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
-        ops = reference if twice else torch.ops.sparsekern  # the plain bodies are differentiable again
         grad_y = _dense_strides(grad_y)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.sparse_conv2d_grad_input(grad_y, x, weight, ctx.stride, ctx.padding, ctx.sparse_input_grad)
+            function = reference.sparse_conv2d_grad_input if twice else _grad_input
+            grad_x = function(grad_y, x, weight, ctx.stride, ctx.padding, ctx.sparse_input_grad)
         if ctx.needs_input_grad[1]:
-            grad_weight = ops.sparse_conv2d_grad_weight(grad_y, x, weight.shape[2:], ctx.stride, ctx.padding)
+            function = reference.sparse_conv2d_grad_weight if twice else _grad_weight
+            grad_weight = function(grad_y, x, weight.shape[2:], ctx.stride, ctx.padding)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_grad_bias(grad_y, twice)
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -148,40 +156,31 @@ def sparse_conv2d(
 
 def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     """``sparse_conv2d`` with stride and padding as checked pairs."""
-    if _is_plain(x, weight, bias, padding):
-        return _sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad)
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
     batch, weight = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0)), _plain_strides(weight)
-    y = _sparse_conv2d_images(batch, weight, bias, stride, padding, sparse_input_grad)
+    y = sparse_conv2d_images(batch, weight, bias, stride, padding, sparse_input_grad)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
-def _is_plain(x, weight, bias, padding) -> bool:
-    """Whether nothing is to be refused, cast or copied: one look, since the close ones cost as much as a small layer."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_cpu and weight.is_cpu):
-        return False
-    if bias is not None and not (isinstance(bias, Tensor) and bias.is_cpu and bias.dtype is x.dtype):
-        return False
-    dtype = x.dtype
-    if x.dim() != 4 or weight.dim() != 4 or dtype is not weight.dtype or dtype not in _check.DTYPES:
+def is_plain(x, weight, padding) -> bool:
+    """Whether nothing about a layer's input is to be refused, cast or copied: close looks cost as much as a small layer."""
+    if not isinstance(x, Tensor) or not x.is_cpu or not weight.is_cpu or x.dtype is not weight.dtype or x.dim() != 4:
         return False
     _, channels, height, width = x.shape
-    filters, in_channels, kernel_height, kernel_width = weight.shape
+    _, in_channels, kernel_height, kernel_width = weight.shape
     return (
         channels == in_channels
         and channels > 1  # _plain_strides looks at single channels
-        and height + 2 * padding[0] >= kernel_height > 0
-        and width + 2 * padding[1] >= kernel_width > 0
-        and (bias is None or bias.shape == (filters,))
+        and height + 2 * padding[0] >= kernel_height
+        and width + 2 * padding[1] >= kernel_width
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-        and not torch.is_autocast_enabled("cpu")
+        and not is_autocast_enabled("cpu")
     )
 
 
-def _sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+def sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
+    """:func:`sparse_conv2d_prepared` without its checks: x (B, C, H, W) is contiguous or channels-last."""
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return SparseConv2dFunction.apply(x, weight, bias, stride, padding, sparse_input_grad)
-    return torch.ops.sparsekern.sparse_conv2d.default(x, weight, bias, stride, padding)
+    return forward_op(x, weight, bias, stride, padding)

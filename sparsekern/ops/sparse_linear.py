@@ -38,6 +38,8 @@ define(
 
 # Looking an op up costs as much as a tenth of a small layer.
 forward_op = torch.ops.sparsekern.sparse_linear.default
+_grad_input = torch.ops.sparsekern.sparse_linear_grad_input.default
+_grad_weight = torch.ops.sparsekern.sparse_linear_grad_weight.default
 
 
 class SparseLinearFunction(Function):
@@ -54,16 +56,16 @@ class SparseLinearFunction(Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, weight, ccol_indices, row_indices, support_bits = ctx.saved_tensors
+        # A second derivative goes through the plain bodies.
         twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
-        ops = reference if twice else torch.ops.sparsekern  # the plain bodies are differentiable again
         grad_y = grad_y.contiguous()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad)
+            function = reference.sparse_linear_grad_input if twice else _grad_input
+            grad_x = function(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad)
         if ctx.needs_input_grad[1]:
-            grad_weight = ops.sparse_linear_grad_weight(
-                grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits
-            )
+            function = reference.sparse_linear_grad_weight if twice else _grad_weight
+            grad_weight = function(grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_grad_bias(grad_y, twice)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
