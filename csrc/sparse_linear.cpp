@@ -82,32 +82,68 @@ Way choose(LinearWork work, const Tensor* rows_factor, const Tensor* panels_fact
   return fastest_way(work);
 }
 
-// The weights as a dense (I, O) matrix: themselves where all of them exist.
-Tensor dense_weight(const LinearWork& work, const Tensor& weight) {
+// All weights, which as they are stored are a dense (I, O) matrix.
+MatrixView full_weight(const LinearWork& work, const Tensor& weight) {
   const LinearSupport& w = work.support;
   const int64_t stride = (w.outputs + w.group - 1) / w.group * w.group;
-  if (work.full())
-    return torch::stable::from_blob(const_cast<void*>(weight.const_data_ptr()), {w.inputs, w.outputs}, {stride, 1},
-                                    weight.device(), weight.scalar_type());
-  Tensor dense = empty(weight.scalar_type(), {w.inputs, w.outputs});
-  torch::stable::parallel_for(0, w.inputs, 64, [&](int64_t begin, int64_t end) {
-    kernels().expand(work.dtype, w, weight.const_data_ptr(), dense.mutable_data_ptr(), begin, end);
+  return {(char*)const_cast<void*>(weight.const_data_ptr()), weight.scalar_type(), int64_t(weight.element_size()),
+          w.inputs, w.outputs, stride, 1};
+}
+
+// Memory of the calling thread for a dense matrix, which keeps its pages: fresh ones would cost as much as what is written.
+MatrixView dense_part(const Tensor& like, int64_t rows, int64_t columns) {
+  constexpr int kSlot = 8; // the kernels use those below
+  const int64_t size = int64_t(like.element_size());
+  return {(char*)scratch(kSlot, size_t(rows * columns * size)), like.scalar_type(), size, rows, columns, columns, 1};
+}
+
+// The weights of inputs [begin, end) and outputs [first, last), laid out by all threads that there are.
+MatrixView expanded(const LinearWork& work, const Tensor& weight, int64_t begin, int64_t end, int64_t first,
+                    int64_t last) {
+  const MatrixView dense = dense_part(weight, end - begin, last - first);
+  torch::stable::parallel_for(begin, end, 64, [&](int64_t from, int64_t to) {
+    kernels().expand(work.dtype, work.support, weight.const_data_ptr(),
+                     dense.data + (from - begin) * dense.row_stride * dense.size, from, to, first, last);
   });
   return dense;
 }
 
-// x W^T + bias for a weight (I, O).
+// x W^T + bias for a weight (I, O), in parts of the outputs. Each takes a part of the inputs after the other, but where
+// adding them up would round them to two bytes.
 Tensor dense_linear(const LinearWork& work, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Tensor y = empty(x.scalar_type(), {work.B, work.support.outputs}), dense = dense_weight(work, weight);
-  multiply(MatrixView::of(y), MatrixView::of(x), MatrixView::of(dense), bias ? bias->const_data_ptr() : nullptr);
+  const LinearSupport& w = work.support;
+  const Tensor y = empty(x.scalar_type(), {work.B, w.outputs});
+  const MatrixView out = MatrixView::of(y), rows = MatrixView::of(x);
+  const Addend start{bias ? bias->const_data_ptr() : nullptr};
+  if (work.full()) return multiply(out, rows, full_weight(work, weight), start), y;
+  const bool at_once = is_half(out.dtype);
+  const int64_t step = part_length(out.dtype, w.outputs, work.B * w.inputs, at_once ? w.inputs * out.size : 0);
+  const int64_t fitting = part_room(out.dtype) / (step * out.size) / 64 * 64;
+  const int64_t depth = at_once ? w.inputs : fitting < 64 ? 64 : fitting;
+  for_parts(w.outputs, step, [&](int64_t first, int64_t last) {
+    Addend addend = start.from_column(first, out.size);
+    for (int64_t i = 0; i < w.inputs; i += depth, addend.result = true) {
+      const int64_t until = i + depth < w.inputs ? i + depth : w.inputs;
+      multiply_part(out.column_range(first, last), rows.column_range(i, until),
+                    expanded(work, weight, i, until, first, last), addend);
+    }
+  });
   return y;
 }
 
+// In parts of the inputs.
 Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                         bool at_nonzeros) {
-  Tensor grad_x = empty(x.scalar_type(), {work.B, work.support.inputs});
-  const Tensor dense = dense_weight(work, weight);
-  multiply(MatrixView::of(grad_x), MatrixView::of(grad_y), MatrixView::of(dense).transposed(), nullptr);
+  const LinearSupport& w = work.support;
+  Tensor grad_x = empty(x.scalar_type(), {work.B, w.inputs});
+  const MatrixView out = MatrixView::of(grad_x), rows = MatrixView::of(grad_y);
+  if (work.full()) multiply(out, rows, full_weight(work, weight).transposed());
+  else
+    for_parts(w.inputs, part_length(out.dtype, w.inputs, work.B * w.outputs, w.outputs * out.size),
+              [&](int64_t first, int64_t last) {
+                multiply_part(out.column_range(first, last), rows,
+                              expanded(work, weight, first, last, 0, w.outputs).transposed());
+              });
   if (at_nonzeros) {
     const int64_t size = int64_t(x.element_size());
     torch::stable::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
@@ -118,17 +154,20 @@ Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tens
   return grad_x;
 }
 
+// In parts of the inputs.
 void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, Tensor& grad_weight) {
   const LinearSupport& w = work.support;
-  if (work.full() && w.outputs % w.group == 0) { // stored it is the dense matrix
-    const MatrixView out{(char*)grad_weight.mutable_data_ptr(), x.scalar_type(), int64_t(x.element_size()), w.inputs,
-                         w.outputs, w.outputs, 1};
-    return multiply(out, MatrixView::of(x).transposed(), MatrixView::of(grad_y), nullptr);
-  }
-  const Tensor dense = empty(x.scalar_type(), {work.support.inputs, work.support.outputs});
-  multiply(MatrixView::of(dense), MatrixView::of(x).transposed(), MatrixView::of(grad_y), nullptr);
-  torch::stable::parallel_for(0, work.support.inputs, 64, [&](int64_t begin, int64_t end) {
-    kernels().collect(work.dtype, work.support, dense.const_data_ptr(), grad_weight.mutable_data_ptr(), begin, end);
+  const MatrixView a = MatrixView::of(x).transposed(), b = MatrixView::of(grad_y);
+  if (work.full() && w.outputs % w.group == 0) // stored it is the dense matrix
+    return multiply(full_weight(work, grad_weight), a, b);
+  const int64_t step = part_length(b.dtype, w.inputs, work.B * w.outputs, w.outputs * b.size);
+  for_parts(w.inputs, step, [&](int64_t first, int64_t last) {
+    const MatrixView dense = dense_part(grad_weight, last - first, w.outputs);
+    multiply_part(dense, a.row_range(first, last), b);
+    torch::stable::parallel_for(first, last, 64, [&](int64_t from, int64_t to) {
+      kernels().collect(work.dtype, w, dense.data + (from - first) * dense.row_stride * dense.size,
+                        grad_weight.mutable_data_ptr(), from, to);
+    });
   });
 }
 
@@ -167,7 +206,8 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
 }
 
 Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight_,
-                                const Tensor& ccol_indices_, const Tensor& row_indices_, bool at_nonzeros) {
+                                const Tensor& ccol_indices_, const Tensor& row_indices_, bool at_nonzeros,
+                                const std::optional<Tensor>& support_bits) {
   const DType dtype = dtype_of("sparse_linear_grad_input", x_);
   check("sparse_linear_grad_input", x_, grad_y_);
   check("sparse_linear_grad_input", x_, weight_);
@@ -175,7 +215,7 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const Tensor weight = unstrided(weight_);
   const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0);
-  const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1));
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1), support_bits);
   const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0)};
   const Way way = choose(work, at_nonzeros ? &x : nullptr, &grad_y);
   if (way == Way::dense)

@@ -39,8 +39,10 @@ struct SparseLinearKernels {
                              int64_t begin, int64_t end);
   // Non-zeros among n < 2^31 elements.
   int64_t (*count)(DType, const void* x, int64_t n);
-  // Lays the weights of inputs [begin, end) out as rows of a dense (I, O) matrix; the way back.
-  void (*expand)(DType, const LinearSupport&, const void* weight, void* dense, int64_t begin, int64_t end);
+  // Lays the weights of inputs [begin, end) and outputs [first, last) out as a dense matrix (end - begin, last - first),
+  // where first and last are multiples of kLinearPanel or O; the way back, from (end - begin, O).
+  void (*expand)(DType, const LinearSupport&, const void* weight, void* dense, int64_t begin, int64_t end, int64_t first,
+                 int64_t last);
   void (*collect)(DType, const LinearSupport&, const void* dense, void* weight, int64_t begin, int64_t end);
   // Clears each of n elements of grad where x is zero.
   void (*clear_at_zeros)(DType, const void* x, void* grad, int64_t n);

@@ -214,12 +214,13 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
           return nonzeros;
         },
     .expand =
-        [](DType dtype, const LinearSupport& w, const void* weight, void* dense, int64_t begin, int64_t end) {
-          dispatch(dtype, [&]<class T>() { lay_out<true>(w, (T*)weight, (T*)dense, begin, end); });
+        [](DType dtype, const LinearSupport& w, const void* weight, void* dense, int64_t begin, int64_t end,
+           int64_t first, int64_t last) {
+          dispatch(dtype, [&]<class T>() { lay_out<true>(w, (T*)weight, (T*)dense, begin, end, first, last); });
         },
     .collect =
         [](DType dtype, const LinearSupport& w, const void* dense, void* weight, int64_t begin, int64_t end) {
-          dispatch(dtype, [&]<class T>() { lay_out<false>(w, (T*)weight, (T*)dense, begin, end); });
+          dispatch(dtype, [&]<class T>() { lay_out<false>(w, (T*)weight, (T*)dense, begin, end, 0, w.outputs); });
         },
     .clear_at_zeros =
         [](DType dtype, const void* x, void* grad, int64_t n) {

@@ -22,9 +22,9 @@ define(
 )
 define(
     "sparse_linear_grad_input(Tensor grad_y, Tensor x, Tensor weight, Tensor ccol_indices, Tensor row_indices,"
-    " bool at_nonzeros) -> Tensor",
+    " bool at_nonzeros, Tensor? support_bits=None) -> Tensor",
     reference=reference.sparse_linear_grad_input,
-    fake=lambda grad_y, x, weight, ccol_indices, row_indices, at_nonzeros: torch.empty_like(x),
+    fake=lambda grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, support_bits=None: torch.empty_like(x),
 )
 define(
     "sparse_linear_grad_weight(Tensor grad_y, Tensor x, Tensor ccol_indices, Tensor row_indices, int group_size,"
@@ -62,7 +62,7 @@ class SparseLinearFunction(Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             function = reference.sparse_linear_grad_input if twice else _grad_input
-            grad_x = function(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad)
+            grad_x = function(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad, support_bits)
         if ctx.needs_input_grad[1]:
             function = reference.sparse_linear_grad_weight if twice else _grad_weight
             grad_weight = function(grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits)

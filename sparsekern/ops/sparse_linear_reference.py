@@ -63,6 +63,7 @@ def sparse_linear_grad_input(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     at_nonzeros: bool,
+    support_bits: Tensor | None = None,  # not needed here
 ) -> Tensor:
     grad_x = grad_y @ densify(weight, ccol_indices, row_indices, grad_y.shape[1])
     return torch.where(x != 0, grad_x, torch.zeros((), dtype=x.dtype, device=x.device)) if at_nonzeros else grad_x

@@ -86,6 +86,7 @@ def sparse_linear_grad_input(
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     at_nonzeros: bool,
+    support_bits: Tensor | None = None,  # not needed here
 ) -> Tensor:
     if _plain(x, weight.numel()) or grad_y.numel() == 0:
         return reference.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, at_nonzeros)

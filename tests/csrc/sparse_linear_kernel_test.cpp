@@ -171,8 +171,18 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
   compare(c, "grad_weight_panels", got, grad);
 
   got = Array(c.dtype, size_t(I * O));
-  kernels.expand(c.dtype, w, weight.data(), got.data(), 0, I);
+  kernels.expand(c.dtype, w, weight.data(), got.data(), 0, I, 0, O);
   compare(c, "expand", got, dense);
+  const int64_t cut = O / 2 / kLinearPanel * kLinearPanel, last_rows = I - I / 3;
+  for (int side = 0; side < 2; side++) {
+    const int64_t first = side ? cut : 0, columns = side ? O - cut : cut;
+    std::vector<double> part;
+    for (int64_t i = I / 3; i < I; i++)
+      for (int64_t o = first; o < first + columns; o++) part.push_back(dense[size_t(i * O + o)]);
+    Array of(c.dtype, size_t(last_rows * columns));
+    kernels.expand(c.dtype, w, weight.data(), of.data(), I / 3, I, first, first + columns);
+    compare(c, "expand of a part", of, part);
+  }
   Array back(c.dtype, blocks * size_t(G));
   kernels.collect(c.dtype, w, got.data(), back.data(), 0, I);
   for (size_t b = 0; b < blocks; b++)
