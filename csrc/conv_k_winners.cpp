@@ -29,7 +29,7 @@ ConvKWinnersArgs arguments(const Tensor& x, int64_t C, int64_t KH, int64_t KW, i
 const float* floats(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
 
 std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+  return t ? std::optional<Tensor>(unstrided(*t)) : std::nullopt;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_max_pool_k_winners2d(

@@ -26,7 +26,7 @@ Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
   const DType dtype = dtype_of("grad_bias", grad_y);
   STD_TORCH_CHECK(grad_y.dim() == 2 || grad_y.dim() == 4, "grad_bias: wants 2 or 4 dimensions, got ", grad_y.dim());
   const bool image = grad_y.dim() == 4;
-  if (!grad_y.is_contiguous() && !(image && is_channels_last(grad_y))) grad_y = torch::stable::contiguous(grad_y);
+  if (!grad_y.is_contiguous() && !(image && is_channels_last(grad_y))) grad_y = unstrided(grad_y);
   const bool plain = grad_y.is_contiguous();
   const int64_t O = grad_y.size(1), pixels = image ? grad_y.size(2) * grad_y.size(3) : 1;
   const bool by_rows = !image || !plain || pixels == 1;

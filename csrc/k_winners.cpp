@@ -10,6 +10,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> k_winners(const Tensor& x, int64_t k, const std::optional<Tensor>& duty_cycle,
                                              const std::optional<Tensor>& boost_strength, int64_t channels,
                                              int64_t inner) {
+  STD_TORCH_CHECK(x.dim() == 2 && k >= 0 && k <= x.size(1), "k_winners: wants x (rows, n) and k in 0..n, got ", x.dim(),
+                  " dimensions and k ", k);
   const int64_t rows = x.size(0), n = x.size(1);
   Tensor y = empty(x.scalar_type(), {rows, n});
   Tensor winners = empty(ScalarType::Byte, {rows, (n + 15) / 16 * 2});
@@ -54,7 +56,7 @@ Pooled max_pool_k_winners2d(const Tensor& x, int64_t k, const std::optional<Tens
 Pooled norm_max_pool_k_winners2d(const Tensor& x, const Tensor& mean, const Tensor& scale, int64_t k,
                                  const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
                                  int64_t pool) {
-  const Tensor mean_values = torch::stable::contiguous(mean), scale_values = torch::stable::contiguous(scale);
+  const Tensor mean_values = unstrided(mean), scale_values = unstrided(scale);
   return pooled(x, mean_values.data_ptr(), scale_values.data_ptr(), k, duty_cycle, boost_strength, pool);
 }
 
@@ -99,7 +101,7 @@ Tensor norm_max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& y,
   const int64_t B = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3), locations = y.size(2) * y.size(3);
   const bool channels_last = !x.is_contiguous();
   Tensor grad_x = empty_maps(x, {B, C, x.size(2), x.size(3)}, channels_last);
-  const Tensor mean_values = torch::stable::contiguous(mean), scale_values = torch::stable::contiguous(scale);
+  const Tensor mean_values = unstrided(mean), scale_values = unstrided(scale);
   const NormGradArgs args{dtype_of("norm_max_pool_k_winners2d_backward", x), grad_y.data_ptr(), y.data_ptr(),
                           static_cast<const uint8_t*>(winners.data_ptr()),
                           static_cast<const int32_t*>(offsets.data_ptr()), x.data_ptr(), grad_x.data_ptr(),

@@ -16,7 +16,7 @@ const float* boost_factors(const std::optional<Tensor>& duty_cycle, const std::o
                            int64_t k, int64_t n, int64_t channels, int64_t inner) {
   const float strength = boost_strength ? *static_cast<const float*>(boost_strength->data_ptr()) : 0.0f;
   if (!duty_cycle || strength == 0 || n == 0) return nullptr; // a strength of 0 multiplies by 1
-  const Tensor duty = torch::stable::contiguous(*duty_cycle);
+  const Tensor duty = unstrided(*duty_cycle);
   float* factors = static_cast<float*>(scratch(kFactorsSlot, size_t(n) * sizeof(float)));
   SPARSEKERN_SELECT(k_winners)
       .boost_factors(static_cast<const float*>(duty.data_ptr()), double(k) / double(n), strength, channels, inner, n,

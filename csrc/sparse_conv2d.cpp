@@ -147,7 +147,7 @@ Tensor dense_strides(const Tensor& weight) {
   const int64_t c = weight.size(1), kh = weight.size(2), kw = weight.size(3);
   const bool channels_last = weight.stride(0) == c * kh * kw && weight.stride(1) == 1 &&
                              weight.stride(2) == kw * c && weight.stride(3) == c;
-  return channels_last ? weight : torch::stable::contiguous(weight);
+  return channels_last ? weight : unstrided(weight);
 }
 
 // Whether some tap of the kernel lies on padding at every output.
@@ -204,7 +204,7 @@ Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints s
   weight = dense_strides(weight);
   const Packed packed(conv, false, weight);
   std::optional<Tensor> bias_values;
-  if (bias) bias_values = torch::stable::contiguous(*bias);
+  if (bias) bias_values = unstrided(*bias);
   const void* bias_data = bias ? bias_values->data_ptr() : nullptr;
   const Images from = images(x), to = {y.data_ptr(), from.channels_last};
   parallel_parts(conv.B, kernels().panels(conv, false), [&](Part part) { kernels().forward(conv, from, packed.data(), bias_data, to, part); });

@@ -9,9 +9,6 @@ namespace {
 
 const SparseLinearKernels& kernels() { return SPARSEKERN_SELECT(sparse_linear); }
 
-// A call through the dispatcher costs more than a look.
-Tensor unstrided(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 // Python has checked what users pass; these keep a wrong call of the bare op from reading beyond a tensor.
 void check(const char* op, const Tensor& x, const Tensor& other) {
   STD_TORCH_CHECK(x.dim() == 2 && other.dim() == 2, op, ": wants matrices, got ", x.dim(), " and ", other.dim(),

@@ -6,7 +6,7 @@ import math
 from collections import deque
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from sparsekern.nn.sparse_conv2d import SparseConv2d
 from sparsekern.ops import _check, conv_k_winners
@@ -14,6 +14,7 @@ from sparsekern.ops.k_winners import (
     channel_moments,
     k_winners2d_counted,
     k_winners_counted,
+    k_winners_rows,
     max_pool_k_winners2d_counted,
     norm_max_pool_k_winners2d_counted,
     update_duty_cycle_,
@@ -22,6 +23,7 @@ from sparsekern.ops.k_winners import (
 # How many forwards under activation checkpointing are remembered. The bound only matters where more of them than this wait
 # for their backward.
 _REMEMBERED_FORWARDS = 64
+_DISTRIBUTED = torch.distributed.is_available()
 
 
 def _recomputing() -> bool:
@@ -31,9 +33,9 @@ def _recomputing() -> bool:
 
 def _may_recompute() -> bool:
     """Whether this forward may be run again in the backward pass: under checkpointing, reentrant or not."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _fingerprint(x: Tensor) -> Tensor:
@@ -129,9 +131,11 @@ class _KWinnersBase(nn.Module):
     def _boosting_duty_cycle(self, x: Tensor) -> Tensor:
         """The duty cycle to boost x by: that of the first forward where this one recomputes it."""
         duty_cycle = self._buffers["duty_cycle"]  # an attribute of a module takes ten times as long
-        if self.training and _recomputing():
+        if not self.training or torch.compiler.is_compiling():
+            return duty_cycle
+        if _recomputing():
             return self._forwards.duty_cycle(x) if len(self._forwards) else duty_cycle
-        if self.training and _may_recompute():
+        if _may_recompute():
             self._forwards.remember(x, duty_cycle)
         return duty_cycle
 
@@ -139,9 +143,8 @@ class _KWinnersBase(nn.Module):
         """Equation 6, by the counts of the whole global batch; once a step under activation checkpointing."""
         if _recomputing():
             return
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(counts)
+        if _DISTRIBUTED and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(counts)
         buffers = self._buffers
         update_duty_cycle_(
             buffers["duty_cycle"], buffers["samples_seen"], counts, self.duty_cycle_period, rows_per_sample, locations
@@ -212,12 +215,20 @@ class KWinners(_KWinnersBase):
             self.k, self.density = max(1, round(density * n)), None
 
     def forward(self, x: Tensor) -> Tensor:
-        _check.is_float_tensor("KWinners", "x", x)
-        if x.dim() == 0 or x.shape[-1] != self.n:
-            raise ValueError(f"KWinners: wants x of shape (..., {self.n}), got {tuple(x.shape)}")
-        if self.k == self.n:
+        n, k, buffers = self.n, self._k(self.n), self._buffers
+        # The close checks cost as much as the selection from a small row.
+        plain = isinstance(x, Tensor) and x.is_cpu and x.dim() == 2 and x.shape[1] == n and x.dtype in _check.DTYPES
+        if not plain:
+            _check.is_float_tensor("KWinners", "x", x)
+            if x.dim() == 0 or x.shape[-1] != n:
+                raise ValueError(f"KWinners: wants x of shape (..., {n}), got {tuple(x.shape)}")
+        if self.k == n:
             return torch.relu(x)
-        y, counts = k_winners_counted(x, self._k(self.n), self._boosting_duty_cycle(x), self._buffers["boost_strength"])
+        duty_cycle, boost_strength = self._boosting_duty_cycle(x), buffers["boost_strength"]
+        if plain and duty_cycle.is_cpu and type(k) is int and 0 <= k <= n:
+            y, counts = k_winners_rows(x.contiguous(), k, duty_cycle, boost_strength, n, 1)
+        else:
+            y, counts = k_winners_counted(x, k, duty_cycle, boost_strength)
         if self.training:
             self._update_duty_cycle(counts, 1, 1)
         return y

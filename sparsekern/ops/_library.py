@@ -8,7 +8,9 @@ import importlib.util
 import warnings
 
 import torch
+from torch import Tensor
 
+_unwrap = torch._C._functorch.unwrap_if_dead
 library = torch.library.Library("sparsekern", "DEF")
 
 try:
@@ -36,7 +38,9 @@ class Function(torch.autograd.Function):
     def apply(cls, *args):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
+        # As torch does, in half its time: what a functorch transform left behind is replaced by what it wraps.
+        args = [_unwrap(a) if isinstance(a, Tensor) else a for a in args]
+        return super(torch.autograd.Function, cls).apply(*args)
 
 
 def define(schema: str, *, reference, fake) -> None:
