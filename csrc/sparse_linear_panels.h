@@ -21,8 +21,7 @@ constexpr int kMaxSums = 8;
 // sums (rows, kRegs registers; stride) += the listed rows of the tile (kTileRows, kPanel), weighted.
 template <int kRegs, class A>
 void add_panel(RowLists<A> lists, int64_t rows, const A* tile, A* sums, int64_t stride) {
-  for (int64_t q = 0; q < rows; q++) {
-    const int64_t s = lists.order[q];
+  for (int64_t s = 0; s < rows; s++) {
     int32_t p = lists.start[s];
     const int32_t end = lists.end[s];
     if (p == end) continue;
