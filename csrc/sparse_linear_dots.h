@@ -65,21 +65,5 @@ void grad_input_dots(const LinearSupport& w, const T* grad_y, const T* x, const 
   }
 }
 
-// Whether dot products take less time than panels, for all inputs alike: how these are split must not change a sum.
-// Cycles for sixteen outputs of an input: to multiply them, and what panels take longer to lay them out. Of 64 rows of
-// 1600 -> 1000 at 40 % density, 200 inputs active, one Zen 4 core: 1.1 ms for any grad_y, panels 1.3 ms where a tenth of
-// grad_y is not zero, the dense product 2.4 ms.
-template <class T>
-bool dots_pay(const LinearSupport& w, const T* grad_y, const T* x, int64_t begin, int64_t end) {
-  if (w.group != 1) return false;
-  const auto active = [&](const T* rows, int64_t n) {
-    int64_t nonzeros = 0;
-    for (int64_t e = begin * n; e < end * n; e++) nonzeros += to_acc(rows[e]) != 0;
-    return double(nonzeros) / double(n);
-  };
-  const double density = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs));
-  return 2.2 * active(x, w.inputs) + 2 < 1.85 * active(grad_y, w.outputs) + 50 * density;
-}
-
 } // namespace
 } // namespace sparsekern

@@ -2,6 +2,7 @@
 
 #include "sparse_linear_blocks.h"
 #include "sparse_linear_dots.h"
+#include "sparse_linear_lanes.h"
 #include "sparse_linear_layout.h"
 #include "sparse_linear_panels.h"
 
@@ -134,13 +135,6 @@ void grad_weight(const LinearSupport& w, const T* grad_y, const T* x, T* grad, i
   }
 }
 
-// Sums of 32 bits: n is small, and they vectorise.
-template <class T> int64_t count(const T* x, int64_t n) {
-  int32_t nonzeros = 0;
-  for (int64_t i = 0; i < n; i++) nonzeros += to_acc(x[i]) != 0;
-  return nonzeros;
-}
-
 template <class T> void clear_at_zeros(const T* x, T* grad, int64_t n) {
   for (int64_t i = 0; i < n; i++) grad[i] = to_acc(x[i]) == 0 ? T{} : grad[i];
 }
@@ -179,11 +173,15 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
         [](DType dtype, const LinearSupport& w, const void* grad_y, const void* x, const void* weight, void* grad_x,
            bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
           dispatch(dtype, [&]<class T>() {
-            if (at_nonzeros && dots_pay(w, (const T*)grad_y, (const T*)x, begin, end))
-              grad_input_dots(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, begin, end, first, last);
-            else
-              grad_input_panels(w, (const T*)grad_y, (const T*)x, (const T*)weight, (T*)grad_x, at_nonzeros, begin, end,
-                                first, last);
+            const T *gy = (const T*)grad_y, *at = (const T*)x, *weights = (const T*)weight;
+            T* to = (T*)grad_x;
+            switch (grad_input_way(w, gy, at, at_nonzeros, begin, end)) {
+              case GradInput::panels:
+                return grad_input_panels(w, gy, at, weights, to, at_nonzeros, begin, end, first, last);
+              case GradInput::dots: return grad_input_dots(w, gy, at, weights, to, begin, end, first, last);
+              case GradInput::lanes:
+                return grad_input_lanes(w, gy, at, weights, to, at_nonzeros, begin, end, first, last);
+            }
           });
         },
     .tiles =

@@ -37,6 +37,13 @@ SPARSEKERN_INLINE int64_t compress(const T* x, int64_t n, acc_t<T>* value, int32
   return count;
 }
 
+// Non-zeros among n < 2^31 elements: sums of 32 bits vectorise.
+template <class T> int64_t count(const T* x, int64_t n) {
+  int32_t nonzeros = 0;
+  for (int64_t i = 0; i < n; i++) nonzeros += to_acc(x[i]) != 0;
+  return nonzeros;
+}
+
 // The non-zeros of `rows` rows within one range of columns. To visit the rows by rising count, so that the branches of
 // loops over them are foreseen, cost more than it saved: the rows' sums then no longer stream from the second-level cache.
 template <class A> struct RowLists {

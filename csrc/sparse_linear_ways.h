@@ -60,6 +60,12 @@ inline double panels_cost(const LinearWork& work) {
   const double once = work.pass == Pass::grad_weight  ? (bits ? 11 : 3 + 38 * d)
                       : work.pass == Pass::grad_input ? 3 + 70 * d
                                                       : (bits ? 8 : 5 + 40 * d);
+  if (work.pass == Pass::grad_input && work.support.group == 1) { // as in sparse_linear_lanes.h
+    const double lanes = 1 + 30 * d + 1.6 * d * double((work.B + 15) / 16 * 16);
+    const double dots = 5 + 20 * d + 2.2 * double(work.B) * work.rows_active;
+    const double panels = 3 + 70 * d + 1.85 * double(work.B) * work.panels_active;
+    return lanes < dots ? (lanes < panels ? lanes : panels) : (dots < panels ? dots : panels);
+  }
   // Two-byte weights are widened one by one on their way into a panel.
   const double widened = work.dtype == DType::bf16 || work.dtype == DType::f16 ? 1.6 : 1;
   return once * widened + 1.85 * double(work.B) * work.panels_active;

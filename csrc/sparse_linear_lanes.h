@@ -1,0 +1,130 @@
+// The input's gradient with one sample in each lane: a stored weight (G = 1) times the gradients of its output in up to 64
+// samples is a few multiply-adds of whole registers, and nothing is laid out but the transposed samples.
+#pragma once
+#include "sparse_linear_panels.h"
+#include "transpose.h"
+
+namespace sparsekern {
+namespace {
+
+// Samples at a time: four accumulators hide the latency of fused multiply-adds, kMaxSums of them stay in registers.
+template <class A> constexpr int64_t kSampleLanes = kLanes * min(4, kMaxSums * kRegLanes<A> / kLanes);
+
+constexpr int64_t kAheadInputs = 4; // by which weights are fetched in advance
+
+// Outputs whose samples stay in the first-level cache, nearly, while all inputs go by: 64 to 256 of float were tried.
+template <class A> constexpr int64_t kPartOutputs = 768 / int64_t(sizeof(A));
+
+// to (columns, kSampleLanes; zeros up to whole vectors of rows) = the transpose of from (rows, columns; stride).
+template <class T>
+void transpose_samples(const T* from, int64_t stride, int64_t rows, int64_t columns, acc_t<T>* to) {
+  using A = acc_t<T>;
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t s = 0; s < rows; s += kLanes) {
+      vec<A> v[kLanes];
+      for (int64_t k = 0; k < kLanes; k++)
+        v[k] = s + k < rows ? load_first(from + (s + k) * stride + c, columns - c) : vec<A>{};
+      transpose(v);
+      for (int64_t k = 0; k < min(kLanes, columns - c); k++) store(to + (c + k) * kSampleLanes<A> + s, v[k]);
+    }
+}
+
+// For each input: sums (kRegs registers; stride kSampleLanes) += its weights of outputs below `until` times the samples.
+// next[i] is the input's first weight that is still to come.
+template <int kRegs, class T>
+void add_part(const LinearSupport& w, const T* weight, const acc_t<T>* samples, int64_t first, int64_t last,
+              int32_t until, int32_t* next, acc_t<T>* sums) {
+  using A = acc_t<T>;
+  for (int64_t i = first; i < last; i++, next++, sums += kSampleLanes<A>) {
+    const int32_t stop = w.ccol[i + 1];
+    int32_t b = *next;
+    __builtin_prefetch(weight + next[kAheadInputs]);
+    __builtin_prefetch(w.rows + next[kAheadInputs]);
+    if (b == stop || w.rows[b] >= until) continue;
+    reg<A> sum[kRegs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRegs; r++) sum[r] = load_reg(sums + r * kRegLanes<A>);
+    do {
+      const reg<A> a = to_acc(weight[b]) - reg<A>{};
+      const A* row = samples + w.rows[b] * kSampleLanes<A>;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; r++) sum[r] = fma_reg(a, load_reg(row + r * kRegLanes<A>), sum[r]);
+    } while (++b < stop && w.rows[b] < until);
+    *next = b;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRegs; r++) store_reg(sums + r * kRegLanes<A>, sum[r]);
+  }
+}
+
+// By as few vectors of sixteen samples as the rows need.
+template <class T>
+void add_part(const LinearSupport& w, const T* weight, const acc_t<T>* samples, int64_t rows, int64_t first,
+              int64_t last, int32_t until, int32_t* next, acc_t<T>* sums) {
+  constexpr int kRegs = kLanes / kRegLanes<acc_t<T>>, kMost = int(kSampleLanes<acc_t<T>> / kLanes);
+  const int64_t vectors = (rows + kLanes - 1) / kLanes;
+  const auto add = [&]<int kVectors>() {
+    add_part<kRegs * min(kVectors, kMost)>(w, weight, samples, first, last, until, next, sums);
+  };
+  if (vectors >= 4) add.template operator()<4>();
+  else if (vectors == 3) add.template operator()<3>();
+  else if (vectors == 2) add.template operator()<2>();
+  else add.template operator()<1>();
+}
+
+// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros. G = 1.
+template <class T>
+void grad_input_lanes(const LinearSupport& w, const T* grad_y, const T* x, const T* weight, T* grad_x,
+                      bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  using A = acc_t<T>;
+  constexpr int64_t kStep = kSampleLanes<A>;
+  const int64_t I = w.inputs, O = w.outputs, columns = last - first;
+  A* samples = (A*)scratch(kTiles, size_t(O * kStep) * sizeof(A));
+  A* sums = (A*)scratch(kSums, size_t(round_up(columns, kLanes) * kStep) * sizeof(A));
+  int32_t* next = (int32_t*)scratch(kIndices, size_t(columns + kAheadInputs) * 4);
+  for (int64_t k = 0; k < kAheadInputs; k++) next[columns + k] = w.ccol[last];
+  for (int64_t s = begin; s < end; s += kStep) {
+    const int64_t rows = min(kStep, end - s);
+    transpose_samples(grad_y + s * O, O, rows, O, samples);
+    std::memset((void*)sums, 0, size_t(round_up(columns, kLanes) * kStep) * sizeof(A));
+    for (int64_t k = 0; k < columns; k++) next[k] = w.ccol[first + k];
+    for (int64_t o = 0; o < O; o += kPartOutputs<A>)
+      add_part(w, weight, samples, rows, first, last, int32_t(min(o + kPartOutputs<A>, O)), next, sums);
+    for (int64_t c = 0; c < columns; c += kLanes)
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        vec<A> v[kLanes];
+        for (int64_t k = 0; k < kLanes; k++) v[k] = load(sums + (c + k) * kStep + r);
+        transpose(v);
+        for (int64_t k = 0; k < min(kLanes, rows - r); k++) {
+          const int64_t at = (s + r + k) * I + first + c, count = columns - c;
+          const vec<A> zeros{};
+          store_first(grad_x + at, at_nonzeros ? (load_first(x + at, count) != 0 ? v[k] : zeros) : v[k], count);
+        }
+      }
+  }
+}
+
+enum class GradInput { panels, dots, lanes };
+
+// Which of the three takes the least time, for all inputs alike: how these are split must not change a sum. Cycles for
+// sixteen outputs of an input, as in sparse_linear_ways.h, where the same figures stand. Of 64 rows of 1600 -> 1500 at 10 %
+// density, 200 inputs active, a tenth of grad_y not zero, one Zen 4 core: panels 0.90 ms, dots 1.2 ms, lanes 0.54 ms; of
+// 1600 -> 1000 at 40 %: panels 1.1 ms, dots 1.0 ms, lanes 1.2 ms, the dense product 2.3 ms.
+template <class T>
+GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bool at_nonzeros, int64_t begin,
+                         int64_t end) {
+  if (w.group != 1) return GradInput::panels;
+  const auto active = [&](const T* rows, int64_t n) {
+    int64_t nonzeros = 0;
+    for (int64_t s = begin; s < end; s++) nonzeros += count(rows + s * n, n);
+    return double(nonzeros) / double(n);
+  };
+  const double d = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs));
+  const double lanes = 1 + 30 * d + 1.6 * d * double(round_up(end - begin, kLanes));
+  const double dots = at_nonzeros ? 5 + 20 * d + 2.2 * active(x, w.inputs) : lanes;
+  const double panels = 3 + 70 * d + 1.85 * active(grad_y, w.outputs);
+  if (panels < lanes && panels < dots) return GradInput::panels;
+  return lanes <= dots ? GradInput::lanes : GradInput::dots;
+}
+
+} // namespace
+} // namespace sparsekern
