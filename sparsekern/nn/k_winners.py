@@ -381,7 +381,7 @@ class KWinners2d(_KWinnersBase):
         if self.k is not None and self.k > n:
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
         # In one pass, unless there is nothing to choose.
-        fused = self.max_pool > 1 and not (relu or self.local) and x.device.type == "cpu"
+        fused = self.max_pool > 1 and not (relu or self.local) and x.is_cpu
         norm_fused = fused and self.norm is not None and self._norm_fuses(x, conv_fused)
         if conv_fused and (relu or (self.norm is not None and not norm_fused)):
             x, conv_fused = self.conv(x), False
@@ -391,7 +391,8 @@ class KWinners2d(_KWinnersBase):
             x = nn.functional.max_pool2d(x, self.max_pool)
         if relu:
             return torch.relu(x)
-        self._units = n
+        if self._units != n:  # to set an attribute of a module takes 1.5 us
+            self._units = n
         y, counts = self._choose(x, n, conv_fused, norm_fused, fused)
         if self.training and locations > 0:
             self._update_duty_cycle(counts, locations if self.local else 1, locations)
