@@ -1,5 +1,7 @@
 // The dense matrix product in parts that depend on its shape alone, so that its bits do not depend on the number of threads.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "tensor.h"
 
 namespace sparsekern {
@@ -39,17 +41,18 @@ struct Addend {
   }
 };
 
-// out = a b + addend, one matrix product of PyTorch's.
+// out = a b + addend, one matrix product of PyTorch's, by its C functions: the dispatcher looks an op up by name at each call.
 inline void multiply_here(const MatrixView& out, const MatrixView& a, const MatrixView& b, Addend addend) {
-  using torch::stable::detail::from;
-  std::optional<Tensor> start;
-  if (addend.result) start = out.tensor();
-  else if (addend.row != nullptr)
-    start = torch::stable::from_blob(const_cast<void*>(addend.row), {out.columns}, {1},
-                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), out.dtype);
-  std::array<StableIValue, 4> stack{from(a.tensor()), from(b.transposed().tensor()), from(start), from(out.tensor())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]); // releases it
+  const Tensor y = out.tensor(), left = a.tensor(), right = b.tensor();
+  if (!addend.result && addend.row == nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), left.get(), right.get()));
+    return;
+  }
+  const Tensor start = addend.result ? y
+                                     : torch::stable::from_blob(
+                                           const_cast<void*>(addend.row), {out.columns}, {1},
+                                           torch::stable::Device(torch::headeronly::DeviceType::CPU), out.dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start.get(), left.get(), right.get(), 1, 1));
 }
 
 // The same on one thread: within a parallel region PyTorch's products do not split further. An empty second item makes sure
@@ -74,7 +77,7 @@ inline int64_t part_room(ScalarType dtype) { return is_half(dtype) ? 4 << 20 : 1
 inline int64_t part_length(ScalarType dtype, int64_t length, int64_t products, int64_t bytes) {
   const bool half = is_half(dtype);
   const int64_t most = length * products;
-  int64_t parts = half ? (most < 3 << 23 ? 1 : most < 1 << 27 ? 2 : most >> 26) : most >> 22;
+  int64_t parts = half ? (most < 1 << 26 ? 1 : most < 1 << 29 ? 2 : most >> 28) : most >> 22;
   if (parts * 256 > length) parts = length / 256; // each part packs the other factor once more
   if (parts > 64) parts = 64;
   const int64_t room = part_room(dtype);

@@ -29,9 +29,40 @@ SPARSEKERN_INLINE void collect_lanes(uint32_t mask, const uint16_t* p, uint16_t*
   const __m512i v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   _mm256_mask_storeu_epi16(out, first, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(__mmask16(mask), v)));
 }
+
+// The same for `words` times 64 outputs in two bytes, by instructions of newer processors. Reads up to 32 elements from any of
+// an input's weights on. Returns where the next ones are.
+#define SPARSEKERN_WORDS __attribute__((target("avx512vbmi2")))
+inline bool has_words() {
+  static const bool has = __builtin_cpu_supports("avx512vbmi2");
+  return has;
+}
+SPARSEKERN_WORDS inline uint16_t* expand_words(const uint64_t* bits, int64_t words, uint16_t* at, uint16_t* lanes) {
+  for (int64_t k = 0; k < words; k++, lanes += 64) {
+    const uint64_t word = bits[k];
+    const int64_t low = __builtin_popcountll(word << 32);
+    _mm512_storeu_si512(lanes, _mm512_maskz_expand_epi16(__mmask32(word), _mm512_loadu_si512(at)));
+    _mm512_storeu_si512(lanes + 32, _mm512_maskz_expand_epi16(__mmask32(word >> 32), _mm512_loadu_si512(at + low)));
+    at += __builtin_popcountll(word);
+  }
+  return at;
+}
+SPARSEKERN_WORDS inline uint16_t* collect_words(const uint64_t* bits, int64_t words, uint16_t* at, const uint16_t* lanes) {
+  for (int64_t k = 0; k < 2 * words; k++, lanes += 32) {
+    const __mmask32 mask = __mmask32(bits[k / 2] >> (k % 2 * 32));
+    const int64_t count = __builtin_popcount(mask);
+    const __mmask32 first = __mmask32((uint64_t(1) << count) - 1);
+    _mm512_mask_storeu_epi16(at, first, _mm512_maskz_compress_epi16(mask, _mm512_loadu_si512(lanes)));
+    at += count;
+  }
+  return at;
+}
 constexpr bool kLanesByBits = true;
 #else
 constexpr bool kLanesByBits = false;
+inline bool has_words() { return false; }
+inline uint16_t* expand_words(const uint64_t*, int64_t, uint16_t* at, uint16_t*) { return at; }
+inline uint16_t* collect_words(const uint64_t*, int64_t, uint16_t* at, const uint16_t*) { return at; }
 template <bool, class T> SPARSEKERN_INLINE void expand_lanes(uint32_t, const T*, T*) {}
 template <class T> SPARSEKERN_INLINE void collect_lanes(uint32_t, const T*, T*) {}
 #endif
@@ -50,6 +81,13 @@ SPARSEKERN_INLINE int64_t lay_out_by_bits(const LinearSupport& w, int64_t i, T* 
   const uint64_t* bits = w.bits + i * bit_words(w);
   L *at = (L*)(weight + w.ccol[i]) + weights_before(w, i, first / 64), *lanes = (L*)row;
   int64_t o = first;
+  if constexpr (sizeof(T) == 2)
+    if (kWhole && has_words()) {
+      const int64_t words = (last - first) / 64;
+      at = to_dense ? expand_words(bits + first / 64, words, at, lanes)
+                    : collect_words(bits + first / 64, words, at, lanes);
+      o += words * 64, lanes += words * 64;
+    }
   for (; o + 64 <= last; o += 64, lanes += 64) {
     const uint64_t word = bits[o / 64];
     const int64_t before[] = {0, __builtin_popcountll(word << 48), __builtin_popcountll(word << 32),
@@ -110,7 +148,7 @@ void lay_out(const LinearSupport& w, T* weight, T* dense, int64_t begin, int64_t
     int64_t done = first;
     if constexpr (kByBits)
       if (by_bits) {
-        const bool whole = w.ccol[i + 1] + kLanes <= w.ccol[w.inputs];
+        const bool whole = w.ccol[i + 1] + 2 * kLanes <= w.ccol[w.inputs]; // so many are read at once
         done = whole ? lay_out_by_bits<to_dense, true>(w, i, weight, row, first, last)
                      : lay_out_by_bits<to_dense, false>(w, i, weight, row, first, last);
       }
