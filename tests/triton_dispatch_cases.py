@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import importlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,16 +11,13 @@ from torch.nn import functional as F
 
 import sparsekern as sk
 from oracle import compare, sparse_randn
-from sparsekern.ops import (
-    _library,
-    grad_bias_reference,
-    k_winners_reference,
-    sparse_conv2d_reference,
-    sparse_linear_reference,
-)
+from sparsekern.ops import _library
 from tolerance import assert_same_bits
 
-REFERENCES = (grad_bias_reference, k_winners_reference, sparse_conv2d_reference, sparse_linear_reference)
+REFERENCES = [
+    importlib.import_module(f"sparsekern.ops.{path.stem}")
+    for path in sorted(Path(_library.__file__).parent.glob("*_reference.py"))
+]
 
 
 @contextlib.contextmanager
