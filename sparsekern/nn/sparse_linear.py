@@ -115,13 +115,13 @@ class SparseLinear(nn.Module):
         return id(rows), None if rows.is_inference() else rows._version
 
     def _support_bits(self) -> Tensor | None:
-        """What :func:`pack_support` makes of the support as it is now, on the CPU."""
+        """What :func:`pack_support` makes of the support as it is now."""
         rows = self._buffers["row_indices"]
         if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
             if torch._C._are_functorch_transforms_active():
                 return None  # rows is one of many supports
             self._pack_support()
-        return self._buffers["support_bits"] if rows.is_cpu else None  # the words for GPUs: not yet measured from here
+        return self._buffers["support_bits"]
 
     def forward(self, x: Tensor) -> Tensor:
         # What is looked up, called and checked here takes as long as the sums of a small layer. Module.__getattr__ is the
