@@ -259,11 +259,74 @@ void tile_rows(const T* grad_y, int64_t B, int64_t O, acc_t<T>* tiles, int64_t b
     }
 }
 
+// The stored weights among 64 outputs of an input, from their sums: whole vectors are written where that stays within the
+// input. Returns where the next ones go.
+template <class T>
+SPARSEKERN_INLINE int64_t pack_word(uint64_t word, const vec<acc_t<T>>* sum, T* grad, int64_t to, int64_t stop) {
+  const int64_t last = to + __builtin_popcountll(word);
+  const bool whole = last + kLanes <= stop;
+  for (int v = 0; v < 4; v++) {
+    const uint32_t mask = uint32_t(word >> (16 * v) & 0xffff);
+    const int64_t count = __builtin_popcount(mask);
+    const vec<acc_t<T>> packed = pack(mask, sum[v]);
+    if (whole) store(grad + to, packed);
+    else store_first(grad + to, packed, count);
+    to += count;
+  }
+  return last;
+}
+
+// The blocks of inputs [begin, end) of grad_y^T x for one tile of grad_y, G = 1: an input's sums for 64 outputs stay in
+// registers and go straight to the stored weights.
+template <class T>
+void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, T* grad, int64_t B, int64_t begin,
+                      int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t kInputs = 256;
+  constexpr int kRegs = int(kPanel / kRegLanes<A>), kAtOnce = min(kRegs, kMaxSums);
+  const int64_t panels = round_up(w.outputs, kPanel) / kPanel, words = bit_words(w);
+  const RowLists<A> lists = allocate_lists<A>(kLists, kInputs, B);
+  int32_t next[kInputs];
+  for (int64_t i = begin; i < end; i += kInputs) {
+    const int64_t inputs = min(kInputs, end - i);
+    for (int64_t k = 0; k < inputs; k += 64)
+      fill_transposed_lists(x + i + k, w.inputs, min(64, inputs - k), B, int32_t(kPanel), lists, k);
+    for (int64_t k = 0; k < inputs; k++) next[k] = w.ccol[i + k];
+    for (int64_t c = 0; c < panels; c++) {
+      const A* panel = tile + c * (kTileRows<A> * kPanel);
+      for (int64_t k = 0; k < inputs; k++) {
+        reg<A> sum[kRegs] = {};
+        const int32_t stop = lists.end[k];
+        for (int part = 0; part < kRegs; part += kAtOnce)
+          for (int32_t p = lists.start[k]; p < stop; p++) {
+            const reg<A> a = lists.value[p] - reg<A>{};
+            const A* row = panel + lists.offset[p] + part * kRegLanes<A>;
+#pragma GCC unroll 8
+            for (int r = 0; r < kAtOnce; r++) sum[part + r] = fma_reg(a, load_reg(row + r * kRegLanes<A>), sum[part + r]);
+          }
+        if (has_bits(w)) {
+          vec<A> whole[4];
+          std::memcpy(whole, sum, sizeof whole);
+          next[k] = int32_t(pack_word(w.bits[(i + k) * words + c], whole, grad, next[k], w.ccol[i + k + 1]));
+          continue;
+        }
+        A lanes[kPanel];
+        std::memcpy(lanes, sum, sizeof lanes);
+        const int32_t until = int32_t(min((c + 1) * kPanel, w.outputs)), last = w.ccol[i + k + 1];
+        int32_t b = next[k];
+        for (; b < last && w.rows[b] < until; b++) from_acc(lanes[w.rows[b] - c * kPanel], grad[b]);
+        next[k] = b;
+      }
+    }
+  }
+}
+
 // The blocks of inputs [begin, end) of grad_y^T x from the tiles of grad_y.
 template <class T>
 void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* x, T* grad, int64_t B, int64_t begin,
                         int64_t end) {
   using A = acc_t<T>;
+  if (w.group == 1 && B <= kTileRows<A>) return grad_weight_tile(w, tiles, x, grad, B, begin, end);
   constexpr int64_t kRows = 64;
   const int64_t O = w.outputs, G = w.group, stride = round_up(round_up(O, G), kPanel) + kLanes;
   const int64_t size = round_up(O, kPanel) * kTileRows<A>;

@@ -78,17 +78,17 @@ void fill_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int32
   for (int32_t p = 0; p < filled; p++) lists.offset[p] *= width;
 }
 
-// Of the transpose of x (columns, rows; stride): row r of the lists is column r of x. rows is at most 64.
+// Of the transpose of x (columns, rows; stride): row first + r of the lists is column r of x. rows is at most 64.
 template <class T>
 void fill_transposed_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int32_t width,
-                           RowLists<acc_t<T>> lists) {
+                           RowLists<acc_t<T>> lists, int64_t first = 0) {
   acc_t<T> value[64 + kLanes];
   int32_t index[64 + kLanes];
-  for (int64_t r = 0; r < rows; r++) lists.start[r] = lists.end[r] = int32_t(r * columns);
+  for (int64_t r = first; r < first + rows; r++) lists.start[r] = lists.end[r] = int32_t(r * columns);
   for (int64_t c = 0; c < columns; c++) {
     const int64_t count = compress(x + c * stride, rows, value, index);
     for (int64_t p = 0; p < count; p++) {
-      const int32_t at = lists.end[index[p]]++;
+      const int32_t at = lists.end[first + index[p]]++;
       lists.value[at] = value[p];
       lists.offset[at] = int32_t(c) * width;
     }

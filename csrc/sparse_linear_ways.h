@@ -57,7 +57,7 @@ inline double rows_cost(const LinearWork& work) {
 inline double panels_cost(const LinearWork& work) {
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
-  const double once = work.pass == Pass::grad_weight  ? (bits ? 11 : 3 + 38 * d)
+  const double once = work.pass == Pass::grad_weight  ? (bits ? (work.B <= 80 ? 6 : 11) : 3 + 38 * d)
                       : work.pass == Pass::grad_input ? 3 + 70 * d
                                                       : (bits ? 8 : 5 + 40 * d);
   if (work.pass == Pass::grad_input && work.support.group == 1) { // as in sparse_linear_lanes.h
