@@ -113,6 +113,20 @@ void forward_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64
   }
 }
 
+// The sum over the weights of input i of weight times grad_y (ceil(O / 64) * 64,) at its outputs.
+template <class T>
+SPARSEKERN_INLINE acc_t<T> dot_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64_t i,
+                                    const acc_t<T>* grad_y) {
+  using A = acc_t<T>;
+  const int64_t words = bit_words(w);
+  const T* p = weights.of_input(i);
+  vec<A> total[4] = {};
+  for (int64_t k = 0; k < words; k++)
+    p = expand_word(w.bits[i * words + k], p,
+                    [&](int v, vec<A> x) { total[v] = fma(x, load(grad_y + k * 64 + v * kLanes), total[v]); });
+  return sum<A>((total[0] + total[1]) + (total[2] + total[3]));
+}
+
 // The sums of an input at its existing outputs, narrowed, to its place in a gradient of the stored weights. Whole vectors
 // are written, also over what belongs to the next inputs, but nothing from `last` on.
 template <class T>

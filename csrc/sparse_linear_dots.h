@@ -35,7 +35,9 @@ void grad_input_dots(const LinearSupport& w, const T* grad_y, const T* x, const 
   const int64_t I = w.inputs, O = w.outputs, length = round_up(O, kDotStep);
   const int64_t fitting = kBytes / (length * int64_t(sizeof(A)));
   const int64_t samples = min(end - begin, fitting < 16 ? 16 : min(fitting, kMaxColumns));
-  A* row = (A*)scratch(kValues, size_t(length) * sizeof(A));
+  const int64_t words = bit_words(w);
+  A* row = (A*)scratch(kValues, size_t(round_up(O, 64)) * sizeof(A));
+  const PaddedWeights<T> weights(w, weight, has_bits(w));
   A* gy = (A*)scratch(kSums, size_t(samples * length) * sizeof(A));
   const RowLists<A> lists = allocate_lists<A>(kLists, kInputs, samples);
   for (int64_t s = begin; s < end; s += samples) {
@@ -48,9 +50,17 @@ void grad_input_dots(const LinearSupport& w, const T* grad_y, const T* x, const 
       for (int64_t r = 0; r < rows; r++) std::memset((void*)(grad_x + (s + r) * I + i), 0, size_t(inputs) * sizeof(T));
       fill_transposed_lists(x + s * I + i, I, inputs, rows, 1, lists);
       for (int64_t k = 0; k < inputs; k++) {
-        std::memset((void*)row, 0, size_t(length) * sizeof(A));
-        const int64_t stop = w.ccol[i + k + 1];
-        for (int64_t b = w.ccol[i + k]; b < stop; b++) row[w.rows[b]] = to_acc(weight[b]);
+        if (lists.start[k] == lists.end[k]) continue;
+        if (has_bits(w)) {
+          const T* p = weights.of_input(i + k);
+          for (int64_t c = 0; c < words; c++)
+            p = expand_word(w.bits[(i + k) * words + c], p,
+                            [&](int v, vec<A> values) { store(row + c * 64 + v * kLanes, values); });
+        } else {
+          std::memset((void*)row, 0, size_t(length) * sizeof(A));
+          const int64_t stop = w.ccol[i + k + 1];
+          for (int64_t b = w.ccol[i + k]; b < stop; b++) row[w.rows[b]] = to_acc(weight[b]);
+        }
         T* to = grad_x + s * I + i + k;
         A out[4];
         const auto put = [&](const int32_t* sample, int count) {

@@ -78,12 +78,16 @@ void grad_input(const LinearSupport& w, const T* grad_y, const T* x, const T* we
   using A = acc_t<T>;
   const int64_t I = w.inputs, O = w.outputs, room = padded_outputs<T>(w);
   A* gy = (A*)scratch(kSums, size_t(room) * sizeof(A));
+  // By the bitmap sixteen outputs take 7 cycles on Zen 4, by the indices each weight 3.
+  const bool bits = has_bits(w) && int64_t(w.ccol[I]) * 8 > I * O;
+  const PaddedWeights<T> weights(w, weight, bits);
   for (int64_t b = begin; b < end; b++) {
     for (int64_t o = 0; o < O; o++) gy[o] = to_acc(grad_y[b * O + o]);
     for (int64_t o = O; o < room; o++) gy[o] = 0;
     for (int64_t i = 0; i < I; i++) {
       const bool wanted = !at_nonzeros || to_acc(x[b * I + i]) != 0;
-      from_acc(wanted ? dot_input(w, weight, i, gy) : A(0), grad_x[b * I + i]);
+      const A dot = !wanted ? A(0) : bits ? dot_bits(w, weights, i, gy) : dot_input(w, weight, i, gy);
+      from_acc(dot, grad_x[b * I + i]);
     }
   }
 }

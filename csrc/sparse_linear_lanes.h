@@ -108,7 +108,7 @@ enum class GradInput { panels, dots, lanes };
 // Which of the three takes the least time, for all inputs alike: how these are split must not change a sum. Cycles for
 // sixteen outputs of an input, as in sparse_linear_ways.h, where the same figures stand. Of 64 rows of 1600 -> 1500 at 10 %
 // density, 200 inputs active, a tenth of grad_y not zero, one Zen 4 core: panels 0.90 ms, dots 1.2 ms, lanes 0.54 ms; of
-// 1600 -> 1000 at 40 %: panels 1.1 ms, dots 1.0 ms, lanes 1.2 ms, the dense product 2.3 ms.
+// 1600 -> 1000 at 40 %: panels 1.1 ms, dots 0.75 ms, lanes 1.2 ms, the dense product 2.3 ms.
 template <class T>
 GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bool at_nonzeros, int64_t begin,
                          int64_t end) {
@@ -120,7 +120,8 @@ GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bo
   };
   const double d = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs));
   const double lanes = 1 + 30 * d + 1.6 * d * double(round_up(end - begin, kLanes));
-  const double dots = at_nonzeros ? 5 + 20 * d + 2.2 * active(x, w.inputs) : lanes;
+  const double once = has_bits(w) ? 4 : 5 + 20 * d;
+  const double dots = at_nonzeros ? once + 2.8 * active(x, w.inputs) : lanes;
   const double panels = 3 + 70 * d + 1.85 * active(grad_y, w.outputs);
   if (panels < lanes && panels < dots) return GradInput::panels;
   return lanes <= dots ? GradInput::lanes : GradInput::dots;

@@ -49,7 +49,7 @@ inline double rows_cost(const LinearWork& work) {
   }
   if (work.support.group > 1) return 48 * d * products;
   if (work.pass == Pass::grad_weight) return 110 * d * products;
-  if (work.pass == Pass::grad_input) return 48 * d * products;
+  if (work.pass == Pass::grad_input) return (work.support.bits != nullptr && d > 0.125 ? 7 : 48 * d) * products;
   if (work.support.bits != nullptr && d > 0.2) return 7.5 * products;
   return 29 * d * products;
 }
@@ -62,7 +62,7 @@ inline double panels_cost(const LinearWork& work) {
                                                       : (bits ? 8 : 5 + 40 * d);
   if (work.pass == Pass::grad_input && work.support.group == 1) { // as in sparse_linear_lanes.h
     const double lanes = 1 + 30 * d + 1.6 * d * double((work.B + 15) / 16 * 16);
-    const double dots = 5 + 20 * d + 2.2 * double(work.B) * work.rows_active;
+    const double dots = (bits ? 4 : 5 + 20 * d) + 2.8 * double(work.B) * work.rows_active;
     const double panels = 3 + 70 * d + 1.85 * double(work.B) * work.panels_active;
     return lanes < dots ? (lanes < panels ? lanes : panels) : (dots < panels ? dots : panels);
   }
