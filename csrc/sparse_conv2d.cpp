@@ -45,13 +45,14 @@ bool sparse_possible(const Conv2d& conv) {
 }
 
 // How long the dense convolution takes for a product, against float32: oneDNN on Zen 4, which has bfloat16 dot products
-// and no float16 arithmetic (there its forward takes 10x the time of float32).
-double dense_product(DType dtype) {
+// (1 x 1 kernels, plain matrix products, gain most: 256->64 on 14 x 14 takes 0.2 at B = 4 to 64) and no float16 arithmetic
+// (there its forward takes 10x the time of float32).
+double dense_product(const Conv2d& conv) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool tiles = __builtin_cpu_supports("amx-tile"), dots = __builtin_cpu_supports("avx512bf16");
-  if (dtype == DType::bf16) return tiles ? 0.12 : dots ? 0.45 : 1.0;
-  if (dtype == DType::f16 && tiles) return 0.12; // the newest of these have float16 tiles, the others the arithmetic
+  if (conv.dtype == DType::bf16) return tiles ? 0.12 : !dots ? 1.0 : conv.KH * conv.KW == 1 ? 0.2 : 0.4;
+  if (conv.dtype == DType::f16 && tiles) return 0.12; // the newest of these have float16 tiles, the others the arithmetic
 #endif
   return 1.0;
 }
@@ -69,7 +70,7 @@ bool sparse_pays(const Conv2d& conv, bool transposed, double active) {
   const double reached = double(conv.KW) * double(vectors) / double(panels) / (transposed ? 1.0 : double(conv.SW));
   // oneDNN fills up to 16 channels as well; float64 goes by plain matrix products.
   const double filled = conv.dtype == DType::f64 ? double(to) / double(vectors * 16) : 1.0;
-  const double dense = visits * double(from) * reached * filled * dense_product(conv.dtype);
+  const double dense = visits * double(from) * reached * filled * dense_product(conv);
   const double sparse = visits * (8 + active * double(from) * (reached + 1.5) * cost.product) +
                         double(from) / 16 * cost.compress +
                         double(vectors) * cost.finish * (transposed ? 1 / results : results);
@@ -243,12 +244,14 @@ Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints str
 }
 
 // Cycles a sample that the weight's gradient takes over the non-zeros of grad_y or of x (Zen 4): with AVX-512 about 2.4 for
-// 16 sums, 4 for a column of a pass and 24 for finding the non-zeros of 16 elements (1->64 5x5 on 32x32: half of it).
+// 16 sums, 4 for a column of a pass, 24 for finding the non-zeros of 16 elements (1->64 5x5 on 32x32: half of it) and 12 for
+// laying out 16 elements of the dense one.
 double weight_cost(const Conv2d& conv, bool by_grad, double active) {
   const double elements = double(by_grad ? conv.O * conv.OH * conv.OW : conv.C * conv.H * conv.W);
+  const double others = double(by_grad ? conv.C * conv.H * conv.W : conv.O * conv.OH * conv.OW);
   const double units = active * elements;
   const int64_t channels = by_grad ? conv.C : conv.O, rows = by_grad ? conv.H : conv.OH, columns = by_grad ? conv.W : conv.OW;
-  return 24 * elements / 16 + 2.2 * kernels().cost.product * units * double(conv.KH * conv.KW * ((channels + 15) / 16)) +
+  return 24 * elements / 16 + 12 * others / 16 + 2.2 * kernels().cost.product * units * double(conv.KH * conv.KW * ((channels + 15) / 16)) +
          4.0 * double(kernels().weight_rows(conv, by_grad) * rows * (columns + conv.KW));
 }
 
@@ -257,10 +260,12 @@ Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints
   const double by_x = weight_cost(conv, false, active_fraction(x));
   const double by_grad = weight_cost(conv, true, active_fraction(grad_y));
   // The dense way takes about 1.3 cycles for 16 products of float32.
-  const double dense = 1.3 * dense_product(conv.dtype) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
-  Tensor grad_weight = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, false);
-  if (!sparse_possible(conv) || std::min(by_x, by_grad) > dense)
-    return with_format(dense_backward(conv, grad_y, x, grad_weight, stride, padding, false), false);
+  const double dense = 1.3 * dense_product(conv) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
+  const bool is_dense = !sparse_possible(conv) || std::min(by_x, by_grad) > dense;
+  // The dense way looks at the weight's memory format too, though not at its values.
+  const bool channels_last = is_dense && !(conv.C == 1 ? grad_y : x).is_contiguous();
+  Tensor grad_weight = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, channels_last);
+  if (is_dense) return with_format(dense_backward(conv, grad_y, x, grad_weight, stride, padding, false), false);
   torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad < by_x), 1, [&](int64_t begin, int64_t end) {
     kernels().grad_weight(conv, by_grad < by_x, images(grad_y), images(x), grad_weight.data_ptr(), begin, end - begin);
   });

@@ -34,7 +34,9 @@ void keep(DType dtype, const void* mask, void* data, int64_t n) {
   dispatch(dtype, [&]<class T>() {
     const T* m = static_cast<const T*>(mask);
     T* x = static_cast<T*>(data);
-    for (int64_t i = 0; i < n; i++) x[i] = to_acc(m[i]) != 0 ? x[i] : T{};
+    for (int64_t i = 0; i < n; i++)
+      if constexpr (sizeof(T) == 2) x[i].bits = (m[i].bits & 0x7fff) != 0 ? x[i].bits : 0; // both have 15 bits beside the sign
+      else x[i] = m[i] != 0 ? x[i] : T{};
   });
 }
 

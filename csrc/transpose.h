@@ -69,14 +69,35 @@ SPARSEKERN_INLINE void transpose(vec<double> (&v)[kLanes]) {
   std::memcpy(v, t, sizeof t);
 }
 
+// Sixteen elements of at most four bytes, each in a lane: moved, not converted.
+template <class T> SPARSEKERN_INLINE vec<float> load_bits_as_float(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    vec<uint16_t> bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (vec<float>)__builtin_convertvector(bits, vec<int32_t>);
+  } else {
+    vec<float> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+}
+template <class T> SPARSEKERN_INLINE void store_bits_of_float(T* p, vec<float> v) {
+  if constexpr (sizeof(T) == 2) {
+    const vec<uint16_t> bits = __builtin_convertvector((vec<int32_t>)v, vec<uint16_t>);
+    std::memcpy(p, &bits, sizeof bits);
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+}
+
 // to (columns, rows) = from (rows, columns), at most 16 of each.
 template <class T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  if (sizeof(T) == 4 && rows == kLanes && columns == kLanes) {
-    vec<acc_t<T>> v[kLanes];
-    for (int64_t i = 0; i < kLanes; i++) v[i] = load(from + i * from_stride);
+  if (sizeof(T) <= 4 && rows == kLanes && columns == kLanes) {
+    vec<float> v[kLanes];
+    for (int64_t i = 0; i < kLanes; i++) v[i] = load_bits_as_float(from + i * from_stride);
     transpose(v);
-    for (int64_t i = 0; i < kLanes; i++) store(to + i * to_stride, v[i]);
+    for (int64_t i = 0; i < kLanes; i++) store_bits_of_float(to + i * to_stride, v[i]);
     return;
   }
   for (int64_t j = 0; j < columns; j++)

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -122,7 +123,18 @@ SPARSEKERN_INLINE vec<float> load(const f16* p) {
 SPARSEKERN_INLINE void store(float* p, vec<float> v) { std::memcpy(p, &v, sizeof v); }
 SPARSEKERN_INLINE void store(double* p, vec<double> v) { std::memcpy(p, &v, sizeof v); }
 template <class T> SPARSEKERN_INLINE void store(T* p, vec<float> v) { // bf16, f16
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, f16>) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else { // as from_acc
+    const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+  }
+#else
   for (int i = 0; i < kLanes; i++) from_acc(v[i], p[i]);
+#endif
 }
 
 // The first n (0..16) of sixteen; the rest read as zero and are not touched.

@@ -35,6 +35,8 @@ def _may_recompute() -> bool:
     """Whether this forward may be run again in the backward pass: under checkpointing, reentrant or not."""
     if is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return False
+    if torch.is_inference_mode_enabled():  # no backward pass
+        return False
     return torch._C._functorch.peek_interpreter_stack() is None
 
 
