@@ -156,7 +156,7 @@ def sparse_conv2d(
 
 def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     """``sparse_conv2d`` with stride and padding as checked pairs."""
-    if _is_dense(x, weight, stride, padding, sparse_input_grad):
+    if _is_dense(x, weight, bias, stride, padding, sparse_input_grad):
         return torch.conv2d(x, weight, bias)
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
@@ -165,7 +165,7 @@ def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) 
     return y if x.dim() == 4 else y.squeeze(0)
 
 
-def _is_dense(x, weight, stride, padding, sparse_input_grad) -> bool:
+def _is_dense(x, weight, bias, stride, padding, sparse_input_grad) -> bool:
     """Whether the dense convolution takes all passes whatever the values: with one channel there is nothing to skip."""
     return (
         isinstance(x, Tensor)
@@ -173,6 +173,8 @@ def _is_dense(x, weight, stride, padding, sparse_input_grad) -> bool:
         and x.dim() == weight.dim() == 4
         and x.shape[1] == weight.shape[1] == 1
         and x.is_cpu
+        and weight.is_cpu
+        and (bias is None or (isinstance(bias, Tensor) and bias.dtype is x.dtype and bias.shape == weight.shape[:1]))
         and x.dtype is weight.dtype
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)  # see dense_backward in csrc for float16
         and stride[0] == stride[1] == 1
