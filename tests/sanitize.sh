@@ -9,7 +9,7 @@ export PYTHONPATH=$PWD/build/sanitize/lib
 # Python itself is not sanitized, so the libraries have to be there first; what Python leaves at exit is no leak of ours.
 export LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-tests=(tests/test_{k_winners,max_pool,norm,sparse_linear,sparse_conv2d,grad_bias,bad_input,edge_input}.py)
+tests=(tests/test_{k_winners,conv_k_winners,max_pool,norm,sparse_linear,sparse_conv2d,grad_bias,bad_input,edge_input}.py)
 for capability in default avx2 avx512; do
   echo "== ATEN_CPU_CAPABILITY=$capability"
   export ATEN_CPU_CAPABILITY=$capability
