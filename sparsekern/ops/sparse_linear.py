@@ -95,6 +95,12 @@ def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, g
     return bits.view(-1, words)
 
 
+def split_groups(ccol_indices: Tensor, row_indices: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The support of the same weights, in the same order, as single outputs: for ``weight.view(-1, 1)``."""
+    lanes = torch.arange(group_size, dtype=row_indices.dtype, device=row_indices.device)
+    return ccol_indices * group_size, (row_indices[:, None] * group_size + lanes).flatten()
+
+
 def pack_words(ccol_indices: Tensor, row_indices: Tensor, out_features: int) -> Tensor:
     """int32 (I, ceil(O / 32), 2): the bits of 32 outputs of an input, and the number of the first weight among them."""
     in_features, words = len(ccol_indices) - 1, -(-out_features // 32)
