@@ -25,50 +25,58 @@ struct LinearWork {
   bool full() const { return double(blocks) == weights(); }
 };
 
-// Costs in cycles for every vector of sixteen outputs of one input, so that I and O cancel out. Measured at 1600 x 1000
-// on one Zen 4 core at 3.7 GHz in float32 with AVX-512.
+inline bool two_bytes(const LinearWork& work) { return work.dtype == DType::bf16 || work.dtype == DType::f16; }
+
+// Costs in cycles for every vector of sixteen outputs of one input, so that I and O cancel out. Measured on one Zen 4 core at
+// 3.7 GHz with AVX-512 at 1600 x 1000 (B = 1 to 64, densities 0.05 to 1), for calls and short rows of outputs at 64 x 64,
+// 784 x 128 and 1024 x 256.
 
 inline double dense_cost(const LinearWork& work) {
   const double B = double(work.B), d = work.density();
   const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
+  const bool weights = work.pass == Pass::grad_weight;
   // A matrix times a vector waits for memory; PyTorch multiplies bfloat16 by instructions of its own.
-  double cost = work.dtype == DType::bf16        ? 7 + 0.62 * B
-                : B < 4                          ? 0.5 + 4.5 * B
-                : work.pass == Pass::grad_weight ? 6 + 1.25 * B
-                                                 : 10 + 1.3 * B;
-  cost += 15000 / vectors; // of calling PyTorch
+  double cost = work.dtype == DType::bf16 ? (weights ? 3 : 5) + 0.56 * B
+                : B < 4                   ? 0.5 + 4.5 * B
+                : weights                 ? (B < 16 ? 13 : 7) + 1.28 * B
+                                          : 8 + 1.33 * B;
+  cost += (work.dtype == DType::bf16 ? 75000 : 18000) / vectors; // of calling PyTorch: 20 us by way of oneDNN, else 5 us
   if (work.full()) return cost;
-  return cost + 5 + (work.support.group == 1 ? 25 : 16) * d; // laid out or collected
+  if (work.support.bits != nullptr) return cost + 4.5; // laid out or collected
+  return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
 }
 
 inline double rows_cost(const LinearWork& work) {
   const double products = double(work.B) * work.rows_active, d = work.density();
-  if (work.support.group % 16 == 0) {
-    const double rounding = work.dtype == DType::bf16 || work.dtype == DType::f16 ? 48 * d : 8 * d;
-    return 4.5 * d * products + (work.pass == Pass::grad_weight ? rounding : 0);
+  const double vectors = double((work.support.outputs + 15) / 16); // of an input
+  if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
+    const double beside = work.pass == Pass::forward ? 16 : work.pass == Pass::grad_input ? 20 : 4;
+    return (4.1 * d + beside / vectors) * products + (work.pass == Pass::grad_weight ? 8 * d : 0);
   }
   if (work.support.group > 1) return 48 * d * products;
-  if (work.pass == Pass::grad_weight) return 110 * d * products;
+  if (work.pass == Pass::grad_weight) return 120 * d * products;
   if (work.pass == Pass::grad_input) return (work.support.bits != nullptr && d > 0.125 ? 7 : 48 * d) * products;
-  if (work.support.bits != nullptr && d > 0.2) return 7.5 * products;
-  return 29 * d * products;
+  if (work.support.bits != nullptr && d > 0.2) return 6.5 * products;
+  return 30 * d * products;
 }
 
 inline double panels_cost(const LinearWork& work) {
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
-  const double once = work.pass == Pass::grad_weight  ? (bits ? (work.B <= 80 ? 6 : 11) : 3 + 38 * d)
-                      : work.pass == Pass::grad_input ? 3 + 70 * d
-                                                      : (bits ? 8 : 5 + 40 * d);
+  const double panels_products = double(work.B) * work.panels_active;
   if (work.pass == Pass::grad_input && work.support.group == 1) { // as in sparse_linear_lanes.h
-    const double lanes = 1 + 30 * d + 1.6 * d * double((work.B + 15) / 16 * 16);
+    const double lane = 1.4 + 100 / double(work.support.outputs + 1); // short rows cost more
+    const double lanes = 2 + 34 * d + lane * d * double((work.B + 15) / 16 * 16);
     const double dots = (bits ? 4 : 5 + 20 * d) + 2.8 * double(work.B) * work.rows_active;
-    const double panels = 3 + 70 * d + 1.85 * double(work.B) * work.panels_active;
+    const double panels = 3 + 70 * d + 1.85 * panels_products;
     return lanes < dots ? (lanes < panels ? lanes : panels) : (dots < panels ? dots : panels);
   }
-  // Two-byte weights are widened one by one on their way into a panel.
-  const double widened = work.dtype == DType::bf16 || work.dtype == DType::f16 ? 1.6 : 1;
-  return once * widened + 1.85 * double(work.B) * work.panels_active;
+  if (bits && work.pass == Pass::forward) return 6 + 1.5 * panels_products;
+  if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * panels_products;
+  const double once = work.pass == Pass::grad_weight  ? 3 + 38 * d
+                      : work.pass == Pass::grad_input ? 3 + 70 * d
+                                                      : 5 + 40 * d;
+  return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * panels_products; // two bytes are widened one by one
 }
 
 // How much longer a sparse way takes than with AVX-512, measured on Zen 4. PyTorch's products use AVX-512 wherever the
