@@ -36,7 +36,7 @@ class Row:
 
 def error_of(got: Tensor, wanted: Tensor, what: str) -> float:
     """||got - wanted|| / ||wanted||, within what the dtype of got allows."""
-    difference, norm = (got.double() - wanted).norm(), wanted.norm()
+    difference, norm = (got.detach().double() - wanted).norm(), wanted.norm()
     error = float(difference / norm.clamp(min=torch.finfo(torch.float64).tiny))
     if not error <= ALLOWED[got.dtype]:
         raise WrongResult(f"{what}: off by {error:.2g} of the norm, allowed {ALLOWED[got.dtype]:.0e}")
