@@ -2,13 +2,13 @@
 
 python benchmarks/crossovers.py [--dtype bfloat16] [--only PATTERN] [--csv FILE]
 
-What an op does with it: `sparse_pays` in csrc/sparse_conv2d.cpp and the function that chooses the way in
-csrc/sparse_linear.cpp compare a measured active fraction with constants. To set these anew:
+What an op does with it: `fastest_way` in csrc/sparse_linear_ways.h, `sparse_pays` and `weight_cost` in
+csrc/sparse_conv2d.cpp compare costs of the ways, whose constants were fitted to such measurements. To set them anew:
 
-1. Set the constants to 2, so that the sparse way is always taken, and rebuild: `python setup.py build_ext --inplace`.
-   (With the constants in place, the speed-ups behind them stay at about 1, since both sides are dense there.)
+1. Let the function return one way always, and rebuild: `python setup.py build_ext --inplace`.
+   (As it is, the speed-ups behind the crossovers stay at about 1, since both sides are dense there.)
 2. Run this on an idle machine, for each instruction set that matters (ATEN_CPU_CAPABILITY=avx2 lowers it).
-3. Set each constant to the lowest crossover among its shapes, rebuild, and let benchmarks/never_slower.py judge.
+3. Do the same for the other ways, fit the constants, rebuild, and let benchmarks/never_slower.py judge.
 """
 
 from __future__ import annotations

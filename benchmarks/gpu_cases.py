@@ -36,6 +36,7 @@ class Row:
 
 def error_of(got: Tensor, wanted: Tensor, what: str) -> float:
     """||got - wanted|| / ||wanted||, within what the dtype of got allows."""
+    wanted = wanted.detach()
     difference, norm = (got.detach().double() - wanted).norm(), wanted.norm()
     error = float(difference / norm.clamp(min=torch.finfo(torch.float64).tiny))
     if not error <= ALLOWED[got.dtype]:
