@@ -65,26 +65,46 @@ SPARSEKERN_INLINE void add_even_blocks(const LinearSupport& w, const T* weight, 
   }
 }
 
+// How many neighbouring inputs have weights that stay in the second-level cache while the rows of a tile walk over them.
+// Sums are taken in the order of the inputs, whatever the parts are.
+template <class T> int64_t inputs_at_once(const LinearSupport& w, int64_t rows) {
+  constexpr int64_t kBytes = 1 << 19;
+  const int64_t bytes = int64_t(w.ccol[w.inputs]) * w.group * int64_t(sizeof(T));
+  return rows == 1 || bytes <= kBytes ? w.inputs : w.inputs * kBytes / bytes + 1;
+}
+
+constexpr int64_t kTileOfRows = 32; // their sums share that cache
+
 // Rows [begin, end) of y. To split the outputs, so that a part's weights stay in the second-level cache, was slower:
 // the loops over an input's blocks become short and of changing length.
 template <class T>
 void forward_blocks(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
                     int64_t end) {
   using A = acc_t<T>;
-  const int64_t I = w.inputs, O = w.outputs, G = w.group, room = (O + G - 1) / G * G;
-  A* value = (A*)scratch(kValues, size_t(I + kLanes) * sizeof(A));
-  int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
-  A* sums = (A*)scratch(kSums, size_t(room + kLanes) * sizeof(A));
-  store(sums + room, vec<A>{});
+  const int64_t I = w.inputs, O = w.outputs, G = w.group, room = (O + G - 1) / G * G, stride = room + kLanes;
+  const int64_t tile = min(end - begin, kTileOfRows), part = inputs_at_once<T>(w, tile);
+  A* value = (A*)scratch(kValues, size_t(part + kLanes) * sizeof(A));
+  int32_t* index = (int32_t*)scratch(kIndices, size_t(part + kLanes) * 4);
+  A* sums = (A*)scratch(kSums, size_t(tile * stride) * sizeof(A));
   const int64_t even = G == kLanes ? even_count(w) : 0;
-  for (int64_t s = begin; s < end; s++) {
-    const int64_t active = compress(x + s * I, I, value, index);
-    for (int64_t c = 0; c < room; c += kLanes)
-      store(sums + c, bias && c < O ? load_first(bias + c, O - c) : vec<A>{});
-    if (even > 0) add_even_blocks(w, weight, even, value, index, active, sums, room);
-    else if (G == kLanes) add_blocks<kLanes>(w, weight, value, index, active, sums);
-    else add_blocks<0>(w, weight, value, index, active, sums);
-    for (int64_t c = 0; c < O; c += kLanes) store_first(y + s * O + c, load(sums + c), O - c);
+  for (int64_t s = begin; s < end; s += tile) {
+    const int64_t rows = min(end - s, tile);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < stride; c += kLanes)
+        store(sums + r * stride + c, bias && c < O ? load_first(bias + c, O - c) : vec<A>{});
+    for (int64_t i = 0; i < I; i += part) {
+      LinearSupport inputs = w;
+      inputs.ccol += i;
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t active = compress(x + (s + r) * I + i, min(I - i, part), value, index);
+        A* sum = sums + r * stride;
+        if (even > 0) add_even_blocks(inputs, weight, even, value, index, active, sum, room);
+        else if (G == kLanes) add_blocks<kLanes>(inputs, weight, value, index, active, sum);
+        else add_blocks<0>(inputs, weight, value, index, active, sum);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < O; c += kLanes) store_first(y + (s + r) * O + c, load(sums + r * stride + c), O - c);
   }
 }
 
@@ -124,24 +144,35 @@ void grad_input_blocks(const LinearSupport& w, const T* grad_y, const T* x, cons
                        bool at_nonzeros, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t I = w.inputs, O = w.outputs, G = w.group, room = (O + G - 1) / G * G;
-  A* gy = (A*)scratch(kSums, size_t(room) * sizeof(A));
-  A* value = (A*)scratch(kValues, size_t(I + kLanes) * sizeof(A));
-  int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
-  for (int64_t i = 0; !at_nonzeros && i < I; i++) index[i] = int32_t(i);
-  for (int64_t s = begin; s < end; s++) {
-    for (int64_t c = 0; c < room; c += kLanes)
-      store(gy + c, c < O ? load_first(grad_y + s * O + c, O - c) : vec<A>{});
-    T* out = grad_x + s * I;
-    if (at_nonzeros) std::memset((void*)out, 0, size_t(I) * sizeof(T));
-    const int64_t wanted = at_nonzeros ? compress(x + s * I, I, value, index) : I;
-    for (int64_t p = 0; p < wanted; p++) {
-      const int64_t i = index[p];
-      if (p + kAhead < wanted) {
-        const int64_t b = w.ccol[index[p + kAhead]], until = w.ccol[index[p + kAhead] + 1];
-        fetch(weight + b * G, (until - b) * G);
-        fetch(w.rows + b, until - b);
+  const int64_t tile = min(end - begin, kTileOfRows), part = inputs_at_once<T>(w, tile);
+  A* gy = (A*)scratch(kSums, size_t(tile * room) * sizeof(A));
+  A* value = (A*)scratch(kValues, size_t(part + kLanes) * sizeof(A));
+  int32_t* index = (int32_t*)scratch(kIndices, size_t(part + kLanes) * 4);
+  for (int64_t i = 0; !at_nonzeros && i < part; i++) index[i] = int32_t(i);
+  for (int64_t s = begin; s < end; s += tile) {
+    const int64_t rows = min(end - s, tile);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < room; c += kLanes)
+        store(gy + r * room + c, c < O ? load_first(grad_y + (s + r) * O + c, O - c) : vec<A>{});
+    for (int64_t i = 0; i < I; i += part) {
+      const int64_t inputs = min(I - i, part);
+      const int32_t* ccol = w.ccol + i;
+      for (int64_t r = 0; r < rows; r++) {
+        T* out = grad_x + (s + r) * I + i;
+        if (at_nonzeros) std::memset((void*)out, 0, size_t(inputs) * sizeof(T));
+        const int64_t wanted = at_nonzeros ? compress(x + (s + r) * I + i, inputs, value, index) : inputs;
+        for (int64_t p = 0; p < wanted; p++) {
+          if (p + kAhead < wanted) {
+            const int64_t b = ccol[index[p + kAhead]], until = ccol[index[p + kAhead] + 1];
+            fetch(weight + b * G, (until - b) * G);
+            fetch(w.rows + b, until - b);
+          }
+          const int64_t input = i + index[p];
+          from_acc(G == 16 ? dot_blocks<16>(w, weight, input, gy + r * room)
+                           : dot_blocks<0>(w, weight, input, gy + r * room),
+                   out[index[p]]);
+        }
       }
-      from_acc(G == 16 ? dot_blocks<16>(w, weight, i, gy) : dot_blocks<0>(w, weight, i, gy), out[i]);
     }
   }
 }
@@ -214,7 +245,7 @@ void grad_weight_blocks(const LinearSupport& w, const T* grad_y, const T* x, T* 
           add_last_samples(grad_y + s * O, O, output(v), lists.value + p, lists.offset + p, n, sums + v * kLanes);
       }
     }
-  for (int64_t v = 0; v < count; v++) store(grad + first * G + v * kLanes, load(sums + v * kLanes));
+    for (int64_t v = 0; v < count; v++) store(grad + first * G + v * kLanes, load(sums + v * kLanes));
   }
 }
 
