@@ -114,7 +114,7 @@ Tensor dense_linear(const LinearWork& work, const Tensor& x, const Tensor& weigh
   const Addend start{bias ? bias->const_data_ptr() : nullptr};
   if (work.full()) return multiply(out, rows, full_weight(work, weight), start), y;
   const bool at_once = is_half(out.dtype);
-  const int64_t step = part_length(out.dtype, w.outputs, work.B * w.inputs, at_once ? w.inputs * out.size : 0);
+  const int64_t step = part_length(out.dtype, w.outputs, work.B * w.inputs, at_once ? w.inputs * out.size : 0, 64);
   const int64_t fitting = part_room(out.dtype) / (step * out.size) / 64 * 64;
   const int64_t depth = at_once ? w.inputs : fitting < 64 ? 64 : fitting;
   for_parts(w.outputs, step, [&](int64_t first, int64_t last) {

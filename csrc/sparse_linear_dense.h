@@ -68,13 +68,13 @@ inline bool is_half(ScalarType dtype) { return dtype == ScalarType::BFloat16 || 
 // Bytes of memory that parts use anew: a second-level cache, or what a part in two bytes needs to be worth its cost.
 inline int64_t part_room(ScalarType dtype) { return is_half(dtype) ? 4 << 20 : 1 << 20; }
 
-// How many of `length` lines of a product one part does, a multiple of 64, by the multiply-adds of a line and the bytes that
-// it needs in memory which every part uses anew.
+// How many of `length` lines of a product one part does, a multiple of `whole`, by the multiply-adds of a line and the bytes
+// that it needs in memory which every part uses anew.
 //
 // A part costs what calling PyTorch does: 3 us in float32, which multiplies 4e7 numbers in a millisecond on one Zen 4 core,
 // and 20 us in bfloat16, which multiplies 1e8 and has one part more than it gains from only where there are several threads'
 // worth of work. Memory that stays in the second-level cache is written and read twice as fast.
-inline int64_t part_length(ScalarType dtype, int64_t length, int64_t products, int64_t bytes) {
+inline int64_t part_length(ScalarType dtype, int64_t length, int64_t products, int64_t bytes, int64_t whole = 16) {
   const bool half = is_half(dtype);
   const int64_t most = length * products;
   int64_t parts = half ? (most < 1 << 26 ? 1 : most < 1 << 29 ? 2 : most >> 28) : most >> 22;
@@ -83,7 +83,8 @@ inline int64_t part_length(ScalarType dtype, int64_t length, int64_t products, i
   const int64_t room = part_room(dtype);
   if (parts * room < bytes * length) parts = (bytes * length + room - 1) / room;
   if (parts < 1) parts = 1;
-  return ((length + parts - 1) / parts + 63) / 64 * 64;
+  while (parts > 1 && (parts & (parts - 1)) != 0) parts++; // as many for each of 2, 4, 8, ... threads
+  return ((length + parts - 1) / parts + whole - 1) / whole * whole;
 }
 
 // body(first, last) for parts of `step` lines, each on one thread. One part only is not in a parallel region, so that what it
