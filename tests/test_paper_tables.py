@@ -270,3 +270,15 @@ def test_a_sweep_command():
     assert command[command.index("--cores") + 1] == "6"
     assert 'tables=["table1", "gaussian"]' in command
     assert "--keep-going" in command
+
+
+def test_tables_of_the_few_runs_that_are_there(tmp_path, capsys):
+    """One seed has no deviation, and the fast layout alone nothing to be compared with."""
+    [run] = [c for c in scores.COMMANDS["table2"].configurations([42]) if c.label == "sparseCNN2-g16"]
+    runs.gather(scores.COMMANDS["table2"].path(tmp_path), [run], made_up, t.silent)
+    assert paper.main(["table2", "--finished", "--seeds", "42", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2-g16")]
+    assert "±" not in line
+    assert "nan" not in out
+    assert "fast layout" not in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -148,9 +149,14 @@ def noise_unit(samples: int, published: Published | None, levels: int) -> tuple[
     return _percent_of(samples * levels), _percent_of(published.samples * levels)
 
 
+def plus_minus(mean: float, std: float, unit: str = ".2f") -> str:
+    """A mean and its standard deviation, where there is one."""
+    return format(mean, unit) + ("" if math.isnan(std) else f" ± {format(std, unit)}")
+
+
 def _count(mean: float, std: float) -> str:
-    return f"{mean:,.0f} ± {std:,.0f}"
+    return plus_minus(mean, std, ",.0f")
 
 
 def _percent_of(tries: int) -> Callable[[float, float], str]:
-    return lambda mean, std: f"{100 * mean / tries:.1f} ± {100 * std / tries:.1f} %"
+    return lambda mean, std: plus_minus(100 * mean / tries, 100 * std / tries, ".1f") + " %"

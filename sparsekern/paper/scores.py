@@ -10,7 +10,7 @@ from sparsekern.paper import plots, results, runs
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks, published
 from sparsekern.paper.progress import console
-from sparsekern.paper.runs import READINGS, Scores, mean_and_std
+from sparsekern.paper.runs import READINGS, Scores, mean_and_std, plus_minus
 from sparsekern.paper.tables import Table
 from sparsekern.paper.training import Configuration
 
@@ -95,7 +95,7 @@ class ScoreCommand:
         ours_as, theirs_as = runs.noise_unit(best.samples, theirs, len(DATA_SETS[self.data_set].noise_levels))
         test, noise = ["-", "-"], ["-", "-"]
         if theirs:
-            test[0], noise[0] = _plus_minus(theirs.test, theirs.test_std), theirs_as(theirs.noise, theirs.noise_std)
+            test[0], noise[0] = plus_minus(theirs.test, theirs.test_std), theirs_as(theirs.noise, theirs.noise_std)
         if theirs and theirs.samples == best.samples:
             test[1] = runs.deviations(best.test, theirs.test, theirs.test_std)
             noise[1] = runs.deviations(best.noise, theirs.noise, theirs.noise_std)
@@ -117,7 +117,7 @@ class ScoreCommand:
         rows = []
         for name in self.grouped:
             for label in by_run:
-                if label.startswith(f"{name}-g"):
+                if name in by_run and label.startswith(f"{name}-g"):
                     rows += _compare(name, label, by_run)
         if not rows:
             return []
@@ -154,11 +154,7 @@ def _compare(name: str, label: str, by_run: dict) -> list[list[str]]:
 
 
 def _percent(values: list[float]) -> str:
-    return _plus_minus(*mean_and_std(values))
-
-
-def _plus_minus(mean: float, std: float) -> str:
-    return f"{mean:.2f} ± {std:.2f}"
+    return plus_minus(*mean_and_std(values))
 
 
 class GaussianCommand(ScoreCommand):
@@ -171,7 +167,7 @@ class GaussianCommand(ScoreCommand):
 
     def show(self, folder: Path) -> list[Table | Path]:
         levels, curves = self._curves(folder)
-        rows = [[name, *(f"{mean:.1f} ± {std:.1f}" for mean, std in curve)] for name, curve in curves.items()]
+        rows = [[name, *(plus_minus(mean, std, ".1f") for mean, std in curve)] for name, curve in curves.items()]
         table = Table(self.title, ["network", *(f"s = {float(s):.1f}" for s in levels)], rows)
         table.notes = [
             f"Accuracy in % after the last epoch, mean ± standard deviation. From {self.path(folder)}.",
