@@ -280,5 +280,6 @@ def test_tables_of_the_few_runs_that_are_there(tmp_path, capsys):
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2-g16")]
     assert "±" not in line
+    assert re.search(r"\d %", line)
     assert "nan" not in out
     assert "fast layout" not in out
