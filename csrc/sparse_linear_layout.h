@@ -152,8 +152,8 @@ void lay_out(const LinearSupport& w, T* weight, T* dense, int64_t begin, int64_t
         done = whole ? lay_out_by_bits<to_dense, true>(w, i, weight, row, first, last)
                      : lay_out_by_bits<to_dense, false>(w, i, weight, row, first, last);
       }
+    if (done == last) continue; // before memset, which takes no null pointer even for no bytes
     if (to_dense) std::memset((void*)(row + (done - first)), 0, size_t(last - done) * sizeof(T));
-    if (done == last) continue;
     const int64_t to = last == w.outputs ? w.ccol[i + 1] : first_block(w, i, (last + G - 1) / G);
     const int64_t from = by_bits ? block_from(w, i, done) : first_block(w, i, first / G);
     if (G == 1) {

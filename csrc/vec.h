@@ -147,7 +147,7 @@ template <class T> SPARSEKERN_INLINE vec<acc_t<T>> load_first(const T* p, int64_
   if constexpr (sizeof(T) == 2) _mm256_storeu_si256((__m256i*)tmp, _mm256_maskz_loadu_epi16(mask, p));
   else
 #endif
-    std::memcpy(tmp, p, size_t(n) * sizeof(T));
+    if (n > 0) std::memcpy(tmp, p, size_t(n) * sizeof(T)); // of none, p may be null
   return load(tmp);
 }
 template <class T> SPARSEKERN_INLINE void store_first(T* p, vec<acc_t<T>> v, int64_t n) {
@@ -162,7 +162,7 @@ template <class T> SPARSEKERN_INLINE void store_first(T* p, vec<acc_t<T>> v, int
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256((const __m256i*)tmp));
   else
 #endif
-    std::memcpy(p, tmp, size_t(n) * sizeof(T));
+    if (n > 0) std::memcpy(p, tmp, size_t(n) * sizeof(T));
 }
 
 // Pairwise, the same order on every instruction set: lane i + lane i + 8, then + 4, + 2, + 1.
