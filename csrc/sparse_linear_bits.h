@@ -95,22 +95,37 @@ SPARSEKERN_INLINE int64_t weights_before(const LinearSupport& w, int64_t i, int6
   return n;
 }
 
-// One row of y = x W^T + bias from its non-zeros: 64 outputs at a time in registers. `at` has room for `active` pointers.
-template <class T>
-void forward_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64_t active, const acc_t<T>* value,
-                  const int32_t* index, const T** at, acc_t<T>* sums) {
+// sums (ceil(O / 64) * 64,) += value times the weights, of N inputs: the sums are read and written once for all of them.
+template <int N, class T>
+SPARSEKERN_INLINE void add_inputs(const LinearSupport& w, const PaddedWeights<T>& weights, const acc_t<T>* value,
+                                  const int32_t* index, acc_t<T>* sums) {
   using A = acc_t<T>;
   const int64_t words = bit_words(w);
-  for (int64_t p = 0; p < active; p++) at[p] = weights.of_input(index[p]);
-  for (int64_t k = 0; k < words; k++) {
-    vec<A> sum[4];
-    for (int v = 0; v < 4; v++) sum[v] = load(sums + k * 64 + v * kLanes);
-    for (int64_t p = 0; p < active; p++) {
-      const vec<A> a = splat(value[p]);
-      at[p] = expand_word(w.bits[index[p] * words + k], at[p], [&](int v, vec<A> x) { sum[v] = fma(a, x, sum[v]); });
-    }
-    for (int v = 0; v < 4; v++) store(sums + k * 64 + v * kLanes, sum[v]);
+  const uint64_t* bits[N];
+  const T* at[N];
+  vec<A> a[N];
+  for (int n = 0; n < N; n++) {
+    bits[n] = w.bits + index[n] * words;
+    at[n] = weights.of_input(index[n]);
+    a[n] = splat(value[n]);
   }
+  for (int64_t k = 0; k < words; k++, sums += 64) {
+    vec<A> sum[4];
+    for (int v = 0; v < 4; v++) sum[v] = load(sums + v * kLanes);
+    for (int n = 0; n < N; n++)
+      at[n] = expand_word(bits[n][k], at[n], [&](int v, vec<A> x) { sum[v] = fma(a[n], x, sum[v]); });
+    for (int v = 0; v < 4; v++) store(sums + v * kLanes, sum[v]);
+  }
+}
+
+// One row of y = x W^T from its non-zeros, added to sums. An input's weights are read in one go: sums of 64 outputs in
+// registers over all inputs took twice as long, as each step went to another page.
+template <class T>
+void forward_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64_t active, const acc_t<T>* value,
+                  const int32_t* index, acc_t<T>* sums) {
+  int64_t p = 0;
+  for (; p + 4 <= active; p += 4) add_inputs<4>(w, weights, value + p, index + p, sums);
+  for (; p < active; p++) add_inputs<1>(w, weights, value + p, index + p, sums);
 }
 
 // The sum over the weights of input i of weight times grad_y (ceil(O / 64) * 64,) at its outputs.

@@ -56,8 +56,8 @@ inline double rows_cost(const LinearWork& work) {
   if (work.support.group > 1) return 48 * d * products;
   if (work.pass == Pass::grad_weight) return 120 * d * products;
   if (work.pass == Pass::grad_input) return (work.support.bits != nullptr && d > 0.125 ? 7 : 48 * d) * products;
-  if (work.support.bits != nullptr && d > 0.2) return 6.5 * products;
-  return 30 * d * products;
+  if (work.support.bits != nullptr && d > 0.09) return 3.6 * products;
+  return 37 * d * products;
 }
 
 inline double panels_cost(const LinearWork& work) {
