@@ -168,9 +168,48 @@ void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tenso
   });
 }
 
+// What Python's plan_support() made, or a plan of nothing where it does not fit.
+LinearPlan plan_of(const LinearSupport& w, int64_t weights, const std::optional<Tensor>& lists) {
+  LinearPlan plan{w.inputs, w.outputs};
+  if (!lists || lists->scalar_type() != ScalarType::Int) return plan;
+  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  const int64_t cells = parts(w.outputs, kPlanOutputs) * parts(w.inputs, kPlanInputs);
+  if (lists->numel() <= cells) return plan;
+  plan.cells = (const int32_t*)lists->const_data_ptr();
+  plan.starts = plan.cells + cells + 1;
+  const int64_t entries = plan.cells[cells];
+  plan.output = plan.starts + entries + 1;
+  plan.input = plan.output + entries;
+  plan.source = plan.input + weights;
+  STD_TORCH_CHECK(lists->numel() == cells + 1 + 2 * entries + 1 + 2 * weights,
+                  "sparse_linear: wants the support_plan of this support");
+  return plan;
+}
+
+// By the plan of the support. Few rows are split by their outputs too, which changes no sum.
+void forward_by_plan(const LinearWork& work, const LinearPlan& plan, const Tensor& x, const Tensor& weight,
+                     const std::optional<Tensor>& bias, Tensor& y) {
+  void* ordered = scratch(7, size_t(work.blocks) * sizeof(double));
+  torch::stable::parallel_for(0, work.blocks, 1 << 16, [&](int64_t begin, int64_t end) {
+    kernels().order_weights(work.dtype, plan, weight.const_data_ptr(), ordered, begin, end);
+  });
+  constexpr int64_t kRows = 64;
+  const int64_t O = plan.outputs, blocks = (work.B + kRows - 1) / kRows;
+  const int64_t step = blocks % torch::stable::get_num_threads() == 0 ? O : kPlanOutputs;
+  const int64_t parts = (O + step - 1) / step;
+  torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+      const int64_t begin = t / parts * kRows, first = t % parts * step;
+      kernels().forward_lanes(work.dtype, plan, x.const_data_ptr(), ordered, bias ? bias->const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(), begin, begin + kRows < work.B ? begin + kRows : work.B, first,
+                              first + step < O ? first + step : O);
+    }
+  });
+}
+
 Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                      const Tensor& ccol_indices_, const Tensor& row_indices_, int64_t out_features,
-                     const std::optional<Tensor>& support_bits) {
+                     const std::optional<Tensor>& support_bits, const std::optional<Tensor>& support_plan) {
   const DType dtype = dtype_of("sparse_linear", x_);
   check("sparse_linear", x_, weight_);
   const Tensor x = unstrided(x_), weight = unstrided(weight_);
@@ -184,10 +223,15 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
                   "row_indices (blocks,)");
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
-  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0)};
+  const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
+  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr};
   const Way way = choose(work, &x, &x);
   if (way == Way::dense) return dense_linear(work, x, weight, bias);
   Tensor y = empty(x.scalar_type(), {B, out_features});
+  if (way == Way::lanes) {
+    forward_by_plan(work, plan, x, weight, bias, y);
+    return y;
+  }
   if (way == Way::panels) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
@@ -213,7 +257,7 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1), support_bits);
-  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0)};
+  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), false};
   const Way way = choose(work, at_nonzeros ? &x : nullptr, &grad_y);
   if (way == Way::dense)
     return dense_grad_input(work, grad_y, x, weight, at_nonzeros);
@@ -242,7 +286,7 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = empty(x.scalar_type(), {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
-  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0)};
+  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false};
   const Way way = choose(work, &x, &x);
   if (way == Way::dense) {
     dense_grad_weight(work, grad_y, x, grad_weight);

@@ -15,6 +15,18 @@ struct LinearSupport {
   const uint64_t* bits;           // (I, ceil(O / 64)): which weights exist, for G = 1, or null
 };
 
+// The weights of single outputs in the order in which one sample in each lane meets them: by part of the outputs, by part
+// of the inputs, by number of weights that an output has there, by output, by input.
+struct LinearPlan {
+  int64_t inputs, outputs;
+  const int32_t* cells;  // (output parts * input parts + 1,): where the outputs of each part of both begin
+  const int32_t* starts; // (entries + 1,): where the weights of each of these begin
+  const int32_t* output; // (entries,)
+  const int32_t* input;  // (weights,): number within its part
+  const int32_t* source; // (weights,): which stored weight it is
+};
+constexpr int64_t kPlanOutputs = 256, kPlanInputs = 96;
+
 struct SparseLinearKernels {
   // Rows [begin, end) of y. bias may be null.
   void (*forward)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
@@ -29,6 +41,11 @@ struct SparseLinearKernels {
   // inputs, [first, last), where first is a multiple of kLinearPanel. Zeros may be multiplied.
   void (*forward_panels)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
                          int64_t begin, int64_t end, int64_t first, int64_t last);
+  // Weights [begin, end) in the order of a plan, in the accumulator type; by all of them rows [begin, end) and outputs
+  // [first, last) of y, where first is a multiple of kPlanOutputs.
+  void (*order_weights)(DType, const LinearPlan&, const void* weight, void* ordered, int64_t begin, int64_t end);
+  void (*forward_lanes)(DType, const LinearPlan&, const void* x, const void* ordered, const void* bias, void* y,
+                        int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*grad_input_panels)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight,
                             void* grad_x, bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last);
   // grad_y (B, O) as tiles [begin, end) of kLinearPanel columns, in the accumulator type; how many there are and their

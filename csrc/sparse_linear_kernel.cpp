@@ -5,6 +5,7 @@
 #include "sparse_linear_lanes.h"
 #include "sparse_linear_layout.h"
 #include "sparse_linear_panels.h"
+#include "sparse_linear_plan.h"
 
 namespace sparsekern {
 namespace {
@@ -170,6 +171,20 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
            int64_t begin, int64_t end, int64_t first, int64_t last) {
           dispatch(dtype, [&]<class T>() {
             forward_panels<T>(w, (const T*)x, (const T*)weight, (const T*)bias, (T*)y, begin, end, first, last);
+          });
+        },
+    .order_weights =
+        [](DType dtype, const LinearPlan& plan, const void* weight, void* ordered, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            for (int64_t k = begin; k < end; k++) ((acc_t<T>*)ordered)[k] = to_acc(((const T*)weight)[plan.source[k]]);
+          });
+        },
+    .forward_lanes =
+        [](DType dtype, const LinearPlan& plan, const void* x, const void* ordered, const void* bias, void* y,
+           int64_t begin, int64_t end, int64_t first, int64_t last) {
+          dispatch(dtype, [&]<class T>() {
+            const auto weight = (const acc_t<T>*)ordered;
+            forward_lanes<T>(plan, (const T*)x, weight, (const T*)bias, (T*)y, begin, end, first, last);
           });
         },
     .grad_input_panels =

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import sparsekern as sk
 from oracle import compare, run, sparse_randn
 from sparsekern.nn.mask import draw_supports, mask_to_indices, supports_to_indices
+from sparsekern.ops.sparse_linear import pack_support, plan_support, sparse_linear_prepared
 from sparsekern.ops.sparse_linear_reference import densify
 from tolerance import DTYPES, assert_same_bits, assert_sums_close
 
@@ -336,3 +337,54 @@ def test_opcheck():
         torch.library.opcheck(ops.sparse_linear.default, (x, weight, None, *indices, O))
         torch.library.opcheck(ops.sparse_linear_grad_input.default, (grad_y, x, weight, *indices, True))
         torch.library.opcheck(ops.sparse_linear_grad_weight.default, (grad_y, x, *indices, group_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "I", "O"), [(64, 97, 273), (65, 300, 500), (100, 96, 256), (150, 95, 15)])
+def test_one_sample_in_each_lane(threads, B, I, O, dtype):
+    """Few weights and many rows, with what a layer prepares: whole and broken parts of samples, inputs and outputs."""
+    for density, mask, biased in itertools.product((0.1, 0.2), (any_mask, drawn_mask), (True, False)):
+        indices = mask(I, O, 1, density)
+        tensors = {
+            "x": sparse_randn(B, I, active=0.9, dtype=dtype),
+            "weight": packed_weight(indices, O, 1, dtype),
+        }
+        if biased:
+            tensors["bias"] = torch.randn(O).to(dtype)
+        bits = pack_support(*indices, O, 1)
+        plan = plan_support(*indices, O, bits)
+        function = functools.partial(
+            bound(sparse_linear_prepared, indices, O, False), support_bits=bits, support_plan=plan
+        )
+        reference = bound(sk.reference.sparse_linear, indices, O, False)
+        if not biased:
+            function, reference = (functools.partial(f, bias=None) for f in (function, reference))
+        compare(function, reference, tensors, torch.randn(B, O).to(dtype), f"{density=} {mask.__name__} {biased=}")
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            results.append(function(**tensors))
+            assert_same_bits(results[-1], results[0], f"{count} threads")
+
+
+def test_the_plan_of_a_support():
+    """Each weight once, at the input and output that it has, in the order of the plan."""
+    I, O = 200, 300
+    ccol, rows = any_mask(I, O, 1, 0.15)
+    bits = torch.zeros(I, 5, dtype=torch.int64)  # whatever is in it
+    plan = plan_support(ccol, rows, O, bits).tolist()
+    cells = plan[:7]  # two parts of the outputs times three of the inputs
+    entries = cells[-1]
+    starts, plan = plan[7 : 8 + entries], plan[8 + entries :]
+    output, inputs, source = plan[:entries], plan[entries : entries + len(rows)], plan[entries + len(rows) :]
+    places = []
+    for cell in range(6):
+        counts = [starts[e + 1] - starts[e] for e in range(cells[cell], cells[cell + 1])]
+        assert counts == sorted(counts)
+        for e in range(cells[cell], cells[cell + 1]):
+            places += [
+                (cell % 3 * 96 + inputs[k], cell // 3 * 256 + output[e]) for k in range(starts[e], starts[e + 1])
+            ]
+    wanted = [(i, o) for i in range(I) for o in rows[ccol[i] : ccol[i + 1]].tolist()]
+    assert [wanted[k] for k in source] == places
+    assert sorted(source) == list(range(len(rows)))

@@ -12,6 +12,7 @@ from sparsekern.ops import _check
 from sparsekern.ops.sparse_linear import (
     forward_op,
     pack_support,
+    plan_support,
     sparse_linear_prepared,
     sparse_linear_rows,
     split_groups,
@@ -81,7 +82,7 @@ class SparseLinear(nn.Module):
         )
         self.register_buffer("ccol_indices", torch.empty(in_features + 1, dtype=torch.int32, device=device))
         self.register_buffer("row_indices", torch.empty(blocks, dtype=torch.int32, device=device))
-        for name in ("support_bits", "unit_ccol_indices", "unit_row_indices"):  # see _pack_support
+        for name in ("support_bits", "support_plan", "unit_ccol_indices", "unit_row_indices"):  # see _pack_support
             self.register_buffer(name, None, persistent=False)
         self._packed: tuple | None = None  # the state of row_indices that support_bits were made from
 
@@ -120,6 +121,7 @@ class SparseLinear(nn.Module):
         if as_units:
             ccol, rows, group_size = *split_groups(ccol, rows, group_size), 1
         self.support_bits = pack_support(ccol, rows, self.out_features, group_size)
+        self.support_plan = plan_support(ccol, rows, self.out_features, self.support_bits)
         keep = as_units and self.support_bits is not None
         self.unit_ccol_indices, self.unit_row_indices = (ccol, rows) if keep else (None, None)
 
@@ -147,6 +149,7 @@ class SparseLinear(nn.Module):
         bits = self._support_bits() if self.group_size < 16 else None
         if bits is not None and self.group_size > 1:
             weight, ccol, rows = weight.reshape(-1, 1), buffers["unit_ccol_indices"], buffers["unit_row_indices"]
+        plan = buffers["support_plan"] if bits is not None else None
         plain = (
             isinstance(x, Tensor)
             and x.is_cpu
@@ -157,9 +160,9 @@ class SparseLinear(nn.Module):
             and not is_autocast_enabled("cpu")
         )
         if plain and not is_grad_enabled():
-            return forward_op(x, weight, bias, ccol, rows, out_features, bits)
+            return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
         function = sparse_linear_rows if plain else sparse_linear_prepared
-        return function(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits)
+        return function(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan)
 
     @property
     def density(self) -> float:

@@ -14,10 +14,10 @@ from sparsekern.ops.grad_bias import grad_bias as sum_grad_bias
 
 define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ccol_indices, Tensor row_indices, int out_features,"
-    " Tensor? support_bits=None) -> Tensor",
+    " Tensor? support_bits=None, Tensor? support_plan=None) -> Tensor",
     reference=reference.sparse_linear,
-    fake=lambda x, weight, bias, ccol_indices, row_indices, out_features, support_bits=None: x.new_empty(
-        (x.shape[0], out_features)
+    fake=lambda x, weight, bias, ccol_indices, row_indices, out_features, support_bits=None, support_plan=None: (
+        x.new_empty((x.shape[0], out_features))
     ),
 )
 define(
@@ -44,12 +44,14 @@ _grad_weight = torch.ops.sparsekern.sparse_linear_grad_weight.default
 
 class SparseLinearFunction(Function):
     @staticmethod
-    def forward(x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits):
-        return forward_op(x, weight, bias, ccol_indices, row_indices, out_features, support_bits)
+    def forward(
+        x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits, support_plan
+    ):
+        return forward_op(x, weight, bias, ccol_indices, row_indices, out_features, support_bits, support_plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad, support_bits = inputs
+        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad, support_bits, _ = inputs
         ctx.save_for_backward(x, weight, ccol_indices, row_indices, support_bits)
         ctx.sparse_input_grad = sparse_input_grad
 
@@ -68,7 +70,7 @@ class SparseLinearFunction(Function):
             grad_weight = function(grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_grad_bias(grad_y, twice)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, group_size: int) -> Tensor | None:
@@ -93,6 +95,41 @@ def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, g
         torch.ones_like(rows) << rows % 64,
     )
     return bits.view(-1, words)
+
+
+PLAN_OUTPUTS, PLAN_INPUTS = 256, 96  # of a cell: kPlanOutputs and kPlanInputs of csrc/sparse_linear.h
+
+
+def plan_support(
+    ccol_indices: Tensor, row_indices: Tensor, out_features: int, support_bits: Tensor | None
+) -> Tensor | None:
+    """The order in which the forward pass of many rows meets the weights of single outputs, or None where it has no use.
+
+    int32, five lists one after the other. Outputs and inputs are cut into cells; an entry is an output of a cell that has
+    weights in it. ``cells`` says where each cell's entries begin, ``starts`` where each entry's weights do, ``output`` is
+    the number of an entry's output in its cell, ``input`` the number of a weight's input in it, and ``source`` the stored
+    weight. Entries of a cell are ordered by their number of weights.
+    """
+    in_features, size = len(ccol_indices) - 1, (len(ccol_indices) - 1) * out_features
+    if support_bits is None or support_bits.dtype != torch.int64 or len(row_indices) * 4 > size:
+        return None
+    inputs, outputs = reference.block_inputs(ccol_indices, len(row_indices)), row_indices.long()
+    parts = -(-in_features // PLAN_INPUTS)
+    cells = parts * -(-out_features // PLAN_OUTPUTS)
+    cell = outputs // PLAN_OUTPUTS * parts + inputs // PLAN_INPUTS
+    entry = cell * PLAN_OUTPUTS + outputs % PLAN_OUTPUTS
+    counts = torch.bincount(entry, minlength=cells * PLAN_OUTPUTS)
+    by_count = (cell * (PLAN_INPUTS + 1) + counts[entry]) * PLAN_OUTPUTS + outputs % PLAN_OUTPUTS
+    source = torch.argsort(by_count, stable=True)  # of an output's weights those of lower inputs are stored first
+    entry = torch.unique_consecutive(entry[source])
+    lists = (
+        torch.searchsorted(entry, torch.arange(cells + 1) * PLAN_OUTPUTS),
+        torch.nn.functional.pad(counts[entry].cumsum(0), (1, 0)),
+        entry % PLAN_OUTPUTS,
+        inputs[source] % PLAN_INPUTS,
+        source,
+    )
+    return torch.cat(lists).int()
 
 
 def split_groups(ccol_indices: Tensor, row_indices: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -172,18 +209,28 @@ def sparse_linear(
         TypeError: not floating point, different dtypes, indices not int32.
     """
     return sparse_linear_prepared(
-        x, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits=None
+        x,
+        weight,
+        ccol_indices,
+        row_indices,
+        out_features,
+        bias,
+        sparse_input_grad,
+        support_bits=None,
+        support_plan=None,
     )
 
 
 def sparse_linear_prepared(
-    x, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits
+    x, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits, support_plan
 ) -> Tensor:
-    """:func:`sparse_linear` with what was prepared once for the support: see :func:`pack_support`."""
+    """:func:`sparse_linear` with what was prepared once for the support: see :func:`pack_support`, :func:`plan_support`."""
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
     x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = sparse_linear_rows(rows, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits)
+    y = sparse_linear_rows(
+        rows, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits, support_plan
+    )
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -196,6 +243,7 @@ def sparse_linear_rows(
     bias: Tensor | None,
     sparse_input_grad: bool,
     support_bits: Tensor | None,
+    support_plan: Tensor | None,
 ) -> Tensor:
     """:func:`sparse_linear_prepared` without its checks."""
     x = x.contiguous()
@@ -203,6 +251,6 @@ def sparse_linear_rows(
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return SparseLinearFunction.apply(
-            x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits
+            x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits, support_plan
         )
-    return forward_op(x, weight, bias, ccol_indices, row_indices, out_features, support_bits)
+    return forward_op(x, weight, bias, ccol_indices, row_indices, out_features, support_bits, support_plan)

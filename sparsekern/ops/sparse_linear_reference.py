@@ -52,6 +52,7 @@ def sparse_linear(
     row_indices: Tensor,  # (blocks,) int32
     out_features: int,
     support_bits: Tensor | None = None,  # not needed here
+    support_plan: Tensor | None = None,  # not needed here
 ) -> Tensor:
     return torch.nn.functional.linear(x, densify(weight, ccol_indices, row_indices, out_features), bias)
 

@@ -61,6 +61,7 @@ def sparse_linear(
     row_indices: Tensor,  # (blocks,) int32
     out_features: int,
     support_bits: Tensor | None = None,  # (I, ceil(O / 32), 2) int32: see pack_words
+    support_plan: Tensor | None = None,  # not needed here
 ) -> Tensor:
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
