@@ -193,6 +193,13 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.sparsekern, op).default, samples()[op])
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_plain_bodies_read_no_value(name):
+    """They serve GPUs where no kernel does, where reading a value would wait for the device, and no graph be captured."""
+    op = name.split("::")[1]
+    reference_of(op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in samples()[op]))
+
+
 # The k-winners layers against Algorithm 1 and equation 6, step by step.
 
 

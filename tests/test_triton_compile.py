@@ -8,8 +8,11 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from sparsekern.ops import _triton, k_winners_triton, sparse_conv2d_triton, sparse_linear_triton
-from triton_compile import ALLOWED_SPILLS, SHARED_MEMORY, compile_launch, launches, resources
+from triton_compile import ALLOWED_SPILLS, SHARED_MEMORY, compile_launch, float_atomics, launches, resources
 
 META = torch.device("meta")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -49,11 +52,14 @@ def sparse_linear(B, I, O, dtype, G=1, density=0.4):
     sparse_linear_triton.sparse_linear_grad_weight(grad_y, x, ccol, row, G)
 
 
-def sparse_conv2d(B, C, O, size, dtype=F32, channels_last=False):
+def sparse_conv2d(B, C, O, size, kernel=5, stride=1, padding=0, channels_last=False):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(B, C, size, size, dtype=dtype, device=META).to(memory_format=memory_format)
-    weight = torch.empty(O, C, 5, 5, dtype=dtype, device=META)
-    sparse_conv2d_triton.sparse_conv2d(x, weight, None, [1, 1], [0, 0])
+    x = torch.empty(B, C, size, size, device=META).to(memory_format=memory_format)
+    weight, where = torch.empty(O, C, kernel, kernel, device=META), ([stride, stride], [padding, padding])
+    grad_y = sparse_conv2d_triton.sparse_conv2d(x, weight, torch.empty(O, device=META), *where)
+    for at_nonzeros in (False, True):
+        sparse_conv2d_triton.sparse_conv2d_grad_input(grad_y, x, weight, *where, at_nonzeros)
+    sparse_conv2d_triton.sparse_conv2d_grad_weight(grad_y, x, [kernel, kernel], *where)
 
 
 # What runs: the bodies' choices by rows, length, alignment, dtype and batch.
@@ -83,6 +89,8 @@ CASES = {
     "conv 1024 x 64 x 14 x 14 -> 64": lambda: sparse_conv2d(1024, 64, 64, 14),
     "conv 1024 x 64 x 14 x 14 -> 64, channels last": lambda: sparse_conv2d(1024, 64, 64, 14, channels_last=True),
     "conv 1024 x 30 x 12 x 12 -> 100": lambda: sparse_conv2d(1024, 30, 100, 12),
+    "conv 1024 x 128 x 32 x 32 -> 256, 3 x 3, stride 2": lambda: sparse_conv2d(1024, 128, 256, 32, 3, 2, 1),
+    "conv 64 x 512 x 28 x 28 -> 512, 1 x 1": lambda: sparse_conv2d(64, 512, 512, 28, 1, channels_last=True),
     "linear 16 x 1600 -> 1500, G=16": lambda: sparse_linear(16, 1600, 1500, F32, 16, 0.1),
     "linear 64 x 1600 -> 1000 bfloat16, G=24": lambda: sparse_linear(64, 1600, 1000, BF16, 24, 0.2),
     "linear 1024 x 4096 -> 16384, G=64": lambda: sparse_linear(1024, 4096, 16384, F32, 64, 0.1),
@@ -107,8 +115,23 @@ def test_compiles(case, capability, tmp_path, record_property):
         CASES[case]()
     assert seen
     for kernel, named, options in seen:
-        used = resources(compile_launch(kernel, named, options, capability), tmp_path)
+        compiled = compile_launch(kernel, named, options, capability)
+        used = resources(compiled, tmp_path)
         record_property(kernel.__name__, str(used))
         print(f"sm_{capability} {case}: {kernel.__name__} {used}")
         assert used["spills"] <= ALLOWED_SPILLS, f"{kernel.__name__}: {used}"
         assert used["shared"] <= SHARED_MEMORY[capability], f"{kernel.__name__}: {used}"
+        assert not float_atomics(compiled), kernel.__name__
+
+
+@triton.jit
+def _add_kernel(x_ptr, sums_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.atomic_add(sums_ptr + i % 2, tl.load(x_ptr + i), sem="relaxed")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16, torch.int32, torch.int64], ids=str)
+def test_float_atomics_are_found(dtype):
+    with launches() as seen:
+        _add_kernel[(1,)](*torch.empty(2, 64, dtype=dtype, device=META), BLOCK=64)
+    assert bool(float_atomics(compile_launch(*seen[0], 90))) == dtype.is_floating_point

@@ -98,6 +98,12 @@ def resources(compiled, folder: Path) -> dict[str, int]:
     }
 
 
+def float_atomics(compiled) -> list[str]:
+    """The instructions that add floats in an order that no run repeats."""
+    atomics = re.findall(r"\b(?:atom|red)\.[\w.:]+", compiled.asm["ptx"])
+    return [name for name in atomics if re.search(r"\.b?f\d", name)]
+
+
 def _spills(compiled, folder: Path) -> int:
     """Bytes of spill stores; a stack frame may also come from calls, of a 64-bit division for instance."""
     ptx = folder / "kernel.ptx"

@@ -9,6 +9,8 @@ from triton.runtime import interpreter
 from sparsekern.ops import k_winners_long_triton as long
 from sparsekern.ops import k_winners_reference as reference
 from sparsekern.ops import k_winners_triton as body
+from sparsekern.ops import sparse_conv2d_channels_triton as by_channels
+from sparsekern.ops import sparse_conv2d_pixels_triton as by_pixels
 from sparsekern.ops import sparse_linear_dictionary_triton as by_gathers
 from tolerance import assert_same_bits
 
@@ -17,12 +19,12 @@ ROWS = 2**31 // N + 1  # the last one begins at element 2^31
 BF16 = torch.bfloat16
 
 
-@pytest.fixture
-def last_program(monkeypatch):
+@pytest.fixture(params=[ROWS - 1])
+def last_program(monkeypatch, request):
     """Program 0 of what is launched is the last row's; results are where they are, as all is on CPU."""
 
     def program_id(builder, axis):
-        first = ROWS - 1 if axis == 0 else 0
+        first = request.param if axis == 0 else 0
         return interpreter.TensorHandle(np.array([builder.grid_idx[axis] + first], dtype=np.int32), tl.int32)
 
     monkeypatch.setattr(type(interpreter.interpreter_builder), "create_get_program_id", program_id)
@@ -101,3 +103,62 @@ def test_offsets_of_sparse_linear(last_program):
         x, rows, y, lists, counts, flag, y, N, N, lists.shape[1], BIAS=False, UNROLL=2, BLOCK_O=N
     )
     assert_same_bits(y[-1], (rows[5].float() + rows[2000].float()).to(BF16), "y")
+
+
+# Maps of 17 channels and one pixel: what belongs to channel 16 begins at element 2^31. Bytes are the smallest numbers.
+PIXELS, C = 2**27 + 1, 17
+ONE_PIXEL = {"KW": 1, "SH": 1, "SW": 1}
+
+
+def last_pixel_of(pixels):
+    """(pixels, C, 1, 1), all channels of the last pixel active."""
+    x = torch.empty(pixels, C, 1, 1, dtype=torch.int8)
+    x[-1, :, 0, 0] = torch.arange(1, C + 1)
+    return x
+
+
+@pytest.mark.parametrize("last_program", [PIXELS - 1], indirect=True)
+def test_offsets_of_pixels(last_program):
+    """The last pixel's list of active channels, and the sum of their weight rows."""
+    x, total = last_pixel_of(PIXELS), torch.zeros((), dtype=torch.int64)
+    channels, values = (torch.empty(C, PIXELS, dtype=torch.int8) for _ in range(2))
+    counts = torch.empty(PIXELS, dtype=torch.int32)
+    by_pixels._pixel_lists_kernel[(1,)](
+        x, channels, values, counts, total, PIXELS, C, 1, C, 1, 1, BLOCK_P=1, BLOCK_C=16
+    )
+    assert counts[-1] == total == C
+    assert channels[:, -1].tolist() == list(range(C))
+    assert_same_bits(values[:, -1], x[-1].flatten(), "values")
+    weight, y = torch.randn(C, 16), torch.empty(PIXELS, 16, dtype=torch.float16)
+    by_pixels._sparse_conv2d_kernel[(1, 1)](
+        channels, values, counts, total, weight, y, y, y, C, PIXELS, PIXELS, 16, 1, 1, 1, 1, 16, 1, 1, C=C, KH=1,
+        PH=0, PW=0, **ONE_PIXEL, TRANSPOSED=False, BIAS=False, WHERE=False, UNROLL=1, BLOCK_P=1, BLOCK_O=16,
+    )  # fmt: skip
+    torch.testing.assert_close(y[-1].float(), x[-1].flatten().float() @ weight, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("last_program", [1], indirect=True)
+def test_offsets_of_channels(last_program):
+    """The last position in the lists of 17 output channels; its patch at the end of x."""
+    part = PIXELS - 1  # of the first program, which does not run
+    grad_y, total = last_pixel_of(PIXELS), torch.zeros((), dtype=torch.int64)
+    pixels, values = (torch.empty(C, PIXELS, dtype=torch.int8) for _ in range(2))
+    counts = torch.empty(2, C, dtype=torch.int32)
+    by_channels._channel_lists_kernel[(1, 1)](
+        grad_y, pixels, values, counts, total, PIXELS, part, C, 1, 1, 1, 1, C, 1, 1, SH=1, SW=1, BLOCK_P=4, BLOCK_O=32
+    )
+    assert counts[1].tolist() == [1] * C
+    assert_same_bits(values[:, -1], grad_y[-1].flatten(), "values")
+    x, sums = torch.randn(8, 16), torch.empty(2, C, 16)
+    pixels[:, -1] = 5
+    sizes = {"C": 16, "KW": 1, "BLOCK_O": 32, "BLOCK_E": 16}
+    by_channels._sparse_grad_weight_kernel[(1, 1, 1)](
+        x, pixels, values, counts, total, sums, C, PIXELS, part, C, 16, 1, **sizes
+    )
+    assert_same_bits(sums[1], grad_y[-1, :, 0].float() * x[5], "sums")
+    x, sums = last_pixel_of(PIXELS), torch.empty(2, 1, C)
+    pixels, values = torch.tensor([[0, PIXELS - 1]], dtype=torch.int32), torch.ones(1, 2)
+    by_channels._sparse_grad_weight_kernel[(1, 1, 1)](
+        x, pixels, values, counts[:, :1].contiguous(), total, sums, C, 2, 1, 1, C, 1, **sizes | {"C": C, "BLOCK_E": 32}
+    )
+    assert_same_bits(sums[1, 0], x[-1].flatten().float(), "sums of the last pixel")

@@ -18,20 +18,34 @@ def sparse_way(monkeypatch):
     monkeypatch.setattr(sparse_conv2d_triton, "MIN_PRODUCTS", 0)
 
 
-def assert_as_reference(shape, O, kernel_size, stride, padding, *, active=0.1, channels_last=False, bias=True):
-    """The forward against the reference in float64."""
-    x = sparse_randn(*shape, active=active, dtype=torch.float32)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(O, shape[1], *kernel_size)
-    tensors = (x, weight, torch.randn(O) if bias else None)
-    y = body.sparse_conv2d(*tensors, stride, padding)
-    exact, magnitude, terms = (
-        reference.sparse_conv2d(*(None if t is None else change(t) for t in tensors), stride, padding)
-        for change in (lambda t: t.double(), lambda t: t.double().abs(), lambda t: (t != 0).double())
-    )
-    assert_sums_close(y, exact, magnitude, terms, f"{shape} -> {O}, {kernel_size}")
-    assert y.stride() == reference.sparse_conv2d(*tensors, stride, padding).stride()
+def assert_as_reference(
+    shape, O, kernel_size, stride, padding, *, active=0.1, channels_last=False, bias=True, dtype=torch.float32
+):
+    """The forward and both gradients against the reference in float64."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = sparse_randn(*shape, active=active, dtype=dtype).contiguous(memory_format=memory_format)
+    weight = torch.randn(O, shape[1], *kernel_size).to(dtype)
+    bias = torch.randn(O).to(dtype) if bias else None
+    where = stride, padding
+    size = reference.sparse_conv2d(x, weight, None, *where).shape
+    grad_y = sparse_randn(*size, active=active, dtype=dtype).contiguous(memory_format=memory_format)
+    functions = {
+        "y": lambda ops, c: ops.sparse_conv2d(c(x), c(weight), None if bias is None else c(bias), *where),
+        "grad_x": lambda ops, c: ops.sparse_conv2d_grad_input(c(grad_y), c(x), c(weight), *where, False),
+        "grad_x at non-zeros": lambda ops, c: ops.sparse_conv2d_grad_input(c(grad_y), c(x), c(weight), *where, True),
+        "grad_weight": lambda ops, c: ops.sparse_conv2d_grad_weight(c(grad_y), c(x), list(kernel_size), *where),
+    }
+    for name, function in functions.items():
+        got = function(body, lambda t: t)
+        exact, magnitude, terms = (
+            function(reference, change)
+            for change in (lambda t: t.double(), lambda t: t.double().abs(), lambda t: (t != 0).double())
+        )
+        what = f"{name}, {shape} -> {O}, {kernel_size} {stride} {padding} {dtype}"
+        assert got.dtype == dtype, what
+        assert_sums_close(got, exact, magnitude, terms, what)
+        like = {"y": reference.sparse_conv2d(x, weight, bias, *where), "grad_weight": weight}.get(name, x)
+        assert got.stride() == like.stride() or got.numel() == 0, what
 
 
 @pytest.mark.usefixtures("sparse_way")
@@ -39,6 +53,7 @@ def assert_as_reference(shape, O, kernel_size, stride, padding, *, active=0.1, c
 def test_sparse_conv2d_of_every_geometry(channels_last):
     assert_as_reference((2, 5, 6, 7), 9, (3, 3), [1, 1], [0, 0], channels_last=channels_last)
     assert_as_reference((2, 17, 5, 4), 3, (2, 3), [2, 1], [1, 2], channels_last=channels_last, bias=False)
+    assert_as_reference((1, 3, 7, 8), 4, (2, 2), [3, 2], [2, 0], channels_last=channels_last)  # padding beyond the taps
 
 
 @pytest.mark.usefixtures("sparse_way")
@@ -49,5 +64,33 @@ def test_sparse_conv2d_of_many_channels():
 @pytest.mark.usefixtures("sparse_way")
 @pytest.mark.parametrize("active", [0.0, 0.5, 1.0])
 def test_sparse_conv2d_of_every_density(active):
-    """Beyond DENSE_FROM the dense kernel writes the result."""
+    """Beyond DENSE_FROM the dense kernels write the results."""
     assert_as_reference((2, 6, 4, 4), 8, (3, 3), [1, 1], [1, 1], active=active)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sparse_conv2d_by_the_dense_kernels(dtype):
+    assert_as_reference((2, 6, 5, 4), 8, (3, 3), [1, 1], [0, 0], dtype=dtype)
+    assert_as_reference((2, 6, 5, 4), 8, (2, 3), [2, 1], [1, 0], dtype=dtype, channels_last=True, bias=False)
+
+
+@pytest.mark.usefixtures("sparse_way")
+def test_sparse_conv2d_of_no_images():
+    assert_as_reference((0, 6, 4, 4), 8, (3, 3), [1, 1], [1, 1])
+
+
+def test_sparse_conv2d_way():
+    """Sparse only where float32 is strict, enough is to be won, and int32 numbers all pixels."""
+    pixels, weight, size = torch.empty(1024, 64, 14, 14, device="meta"), torch.Size((64, 64, 5, 5)), [10, 10]
+    way = sparse_conv2d_triton.way
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        assert way(pixels, weight, size, [0, 0]) == "dense"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert way(pixels, weight, size, [0, 0]) == "sparse"
+        assert way(pixels.bfloat16(), weight, size, [0, 0]) == "dense"
+        assert way(pixels[:64], weight, size, [0, 0]) == "dense"
+        assert way(pixels, weight, size, [2**10, 2**10]) == "dense"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
