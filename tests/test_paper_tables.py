@@ -9,12 +9,12 @@ import torch
 
 import test_paper_train as t
 from sparsekern.paper import __main__ as paper
-from sparsekern.paper import report, results, runs, scores, speed, sweep, training
+from sparsekern.paper import options, report, results, runs, scores, speed, sweep, training
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks, published
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
 from sparsekern.paper.tables import Table
-from sparsekern.paper.train import default_path
+from sparsekern.paper.train import default_path, log_folder
 
 TABLE1 = scores.COMMANDS["table1"]
 
@@ -58,9 +58,10 @@ def gathered(folder, command=TABLE1, seeds=(42, 43, 44)):
 
 
 def test_seeds():
-    assert runs.parse_seeds("42-44,50") == [42, 43, 44, 50]
-    with pytest.raises(ValueError):
-        runs.parse_seeds("a")
+    assert options.seeds("42-44,50") == [42, 43, 44, 50]
+    for text in ("a", "44-42", "42,", "", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="wants seeds such as 42-44,50, got"):
+            options.seeds(text)
 
 
 def test_a_table_gathers_each_run_once(tmp_path):
@@ -200,8 +201,36 @@ def test_speed(tmp_path, monkeypatch, capsys):
     assert float(hidden["training"]) == pytest.approx(60 * 20 * fan_in / 576, rel=0.3)
     assert float(hidden["inference"]) == pytest.approx(1.5 * float(hidden["training"]), rel=0.1)
     torch.manual_seed(1)
+    assert {row["weights"] for row in rows} == {"2 steps, seed 42"}
     assert paper.main(["speed", "--steps", "2", "--out", str(tmp_path)]) == 0  # from the files
     assert paper.main(["speed", "--steps", "3", "--out", str(tmp_path)]) == 1
+
+
+def test_speed_counts_on_a_finished_run(tmp_path, monkeypatch):
+    network = replace(t.NETWORK, epochs=2)
+    data, said = t.Data(), []
+    for seed, epochs in ((42, 1), (43, 2)):
+        configuration = training.Configuration(network, seed)
+        path = default_path(configuration, tmp_path)
+        trained = t.run(log_folder(path), configuration)
+        trained.train(epochs)
+        if epochs == network.epochs:
+            trained.write_result(path)
+    arguments = argparse.Namespace(seeds=[42, 43], runs=tmp_path, device="cpu", steps=1)
+    model, weights = speed.trained(network, data, arguments, said.append)
+    assert weights == "2 epochs, seed 43"
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), trained.model.state_dict().values(), strict=True)
+    )
+    assert said == []
+    rows = speed.count(network, data, arguments, said.append)
+    assert [row["layer"] for row in rows] == ["conv1", "hidden", "output"]
+    monkeypatch.setattr(runs, "build", lambda network, **options: torch.nn.Linear(2, 3))
+    assert runs.finished_model(configuration, data, tmp_path, said.append) is None
+    assert "another version of sparsekern" in said[0]
+    data.checksum = "others"
+    with pytest.raises(ConfigurationMismatch, match="data is made up there and others here"):
+        runs.finished_model(configuration, data, tmp_path)
 
 
 def test_a_table_in_markdown():
@@ -269,6 +298,7 @@ def test_a_sweep_command():
     assert command[-2:] == ["--executor", "slurm"]
     assert command[command.index("--cores") + 1] == "6"
     assert 'tables=["table1", "gaussian"]' in command
+    assert "seeds=[]" in command
     assert "--keep-going" in command
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import sparsekern as sk
@@ -147,6 +148,19 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
     layers["log_softmax"] = nn.LogSoftmax(dim=1)
     model = nn.Sequential(layers)
     return plain_(model) if plain else model
+
+
+def place(model: nn.Sequential, device: str) -> nn.Sequential:
+    """Moves a network to a device, in place; dense convolutions' weights lie channels-last, as their activations do.
+
+    Those of sparse convolutions stay contiguous: PyTorch's fused SGD copies the gradient of any other weight, which takes
+    longer than the step itself.
+    """
+    model.to(device)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+    return model
 
 
 def _boosting(network: Network) -> dict:

@@ -11,31 +11,23 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from sparsekern.paper import results
-from sparsekern.paper.networks import Published
+from sparsekern.paper import checkpoint, options, results
+from sparsekern.paper.networks import Published, build
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
-from sparsekern.paper.train import RUNS, add_machine_arguments, default_path, load_data, train
+from sparsekern.paper.train import RUNS, add_machine_arguments, default_path, load_data, log_folder, train
 from sparsekern.paper.training import Configuration, best_epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser, seeds: str = "42-51") -> None:
     parser.add_argument(
-        "--seeds", type=parse_seeds, default=parse_seeds(seeds), metavar="A-B", help=f"default: {seeds}"
+        "--seeds", type=options.seeds, default=options.seeds(seeds), metavar="A-B", help=f"default: {seeds}"
     )
     parser.add_argument("--finished", action="store_true", help="train nothing: only the runs that are finished")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="of the runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="default: %(default)s")
     add_machine_arguments(parser)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``42-44,50`` is 42, 43, 44, 50."""
-    seeds = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        seeds += range(int(first), int(last or first) + 1)
-    return seeds
 
 
 def gather(path: Path, configurations: list[Configuration], obtain: Callable, report) -> None:
@@ -103,6 +95,25 @@ def set_aside_if_damaged(path: Path, configuration: Configuration, report=print)
         report(f"{damage}; set aside as {path.name}.damaged")
     else:
         results.check_configuration(path, {**found, "data": None}, {**asdict(configuration), "data": None})
+
+
+def finished_model(configuration: Configuration, data, folder: Path, report=print) -> nn.Sequential | None:
+    """The network of a finished run after its last epoch, on the CPU; None where there is none, or it does not fit."""
+    path = default_path(configuration, folder)
+    if not path.exists():
+        return None
+    state = checkpoint.load(log_folder(path), report=report)
+    if state is None or state["epoch"] < configuration.network.epochs:
+        return None
+    there, here = state["identity"], configuration.identity(data)
+    results.check_configuration(log_folder(path), {**there, "device": None}, {**here, "device": None})
+    model = build(configuration.network, group_size=configuration.group_size)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        report(f"{log_folder(path)}: left out, another version of sparsekern named its layers otherwise")
+        return None
+    return model
 
 
 def rows_by_run(rows: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:

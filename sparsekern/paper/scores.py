@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsekern.paper import plots, results, runs
+from sparsekern.paper import options, plots, results, runs
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks, published
 from sparsekern.paper.progress import console
@@ -35,7 +35,9 @@ class ScoreCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         runs.add_arguments(parser, self.seeds)
-        parser.add_argument("--group-size", type=int, default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)")
+        parser.add_argument(
+            "--group-size", type=options.at_least(1), default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)"
+        )
 
     def configurations(
         self, seeds: list[int], group_size: int = FAST_LAYOUT, device: str = "cpu"

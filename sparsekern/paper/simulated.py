@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsekern.paper import plots, results
+from sparsekern.paper import options, plots, results
 from sparsekern.paper.progress import console
 
 
@@ -30,7 +30,9 @@ class SimulatedFigure:
     note: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--trials", type=int, default=1_000_000, metavar="N", help="a point (default: 1,000,000)")
+        parser.add_argument(
+            "--trials", type=options.at_least(1), default=1_000_000, metavar="N", help="a point (default: 1,000,000)"
+        )
         parser.add_argument("--seed", type=int, default=42, help="of the simulation (default: 42)")
         parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="default: %(default)s")
 

@@ -10,17 +10,19 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from sparsekern.paper import results
-from sparsekern.paper.networks import Network, build, networks
+from sparsekern.paper import options, results, runs
+from sparsekern.paper.networks import Network, build, networks, place
 from sparsekern.paper.plain import rezero_
 from sparsekern.paper.progress import console, track
 from sparsekern.paper.scores import FAST_LAYOUT
 from sparsekern.paper.tables import Table
-from sparsekern.paper.train import add_machine_arguments, load_data
+from sparsekern.paper.train import RUNS, add_machine_arguments, load_data
+from sparsekern.paper.training import Configuration
 
 HELP = "products layer by layer on real activations, and measured speed-ups"
 SETS = ("mnist", "speech")
@@ -30,9 +32,24 @@ ROUNDS = {"training step": 9, "inference": 25}  # timed calls of each network, i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of training first (default: 200)")
-    parser.add_argument("--seed", type=int, default=42, help="default: 42")
-    parser.add_argument("--group-size", type=int, default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)")
+    parser.add_argument(
+        "--seeds",
+        type=options.seeds,
+        default=options.seeds("42-51"),
+        metavar="A-B",
+        help="the first of these with a finished run gives the weights (default: 42-51)",
+    )
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=options.at_least(1),
+        default=200,
+        metavar="N",
+        help="of training where no run is finished (default: 200)",
+    )
+    parser.add_argument(
+        "--group-size", type=options.at_least(1), default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)"
+    )
     parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="default: %(default)s")
     add_machine_arguments(parser)
 
@@ -40,11 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     out = console()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    configuration = {name: getattr(arguments, name) for name in ("steps", "seed", "group_size", "device")}
-    load = cache(lambda data_set: load_data(data_set, arguments, arguments.seed, arguments.device))
-    learn = cache(partial(train, load, arguments))
+    configuration = {name: getattr(arguments, name) for name in ("steps", "seeds", "group_size", "device")}
+    load = cache(lambda data_set: load_data(data_set, arguments, arguments.seeds[0], arguments.device))
     for path, make in ((products_path(arguments.out), count), (times_path(arguments.out), measure)):
-        rows = partial(over_networks, make, learn, arguments, out)
+        rows = partial(over_networks, make, load, arguments, out)
         results.made_once(path, {**configuration, "batch": BATCH}, rows, device=arguments.device, report=out.print)
     for table in show(arguments.out):
         table.print(out)
@@ -59,34 +75,34 @@ def times_path(folder: Path) -> Path:
     return folder / "speed.csv"
 
 
-def over_networks(make: Callable, learn: Callable, arguments: argparse.Namespace, out) -> list[dict]:
+def over_networks(make: Callable, load: Callable, arguments: argparse.Namespace, out: Console) -> list[dict]:
     """What ``make`` has to say of every network."""
     return [
         {"data_set": data_set, "network": name, **row}
         for data_set in SETS
-        for name in track(networks(data_set), f"{data_set} networks", out)
-        for row in make(*learn(data_set, name), arguments)
+        for name in track(networks(data_set), f"{make.__name__} {data_set} networks", out)
+        for row in make(networks(data_set)[name], load(data_set), arguments, out.print)
     ]
 
 
-def train(
-    load: Callable, arguments: argparse.Namespace, data_set: str, name: str
-) -> tuple[Network, nn.Sequential, tuple]:
-    """A network after its first steps, so that its activations are real ones, and a batch of test samples."""
-    data = load(data_set)
-    network = networks(data_set)[name]
-    torch.manual_seed(arguments.seed)
+def trained(network: Network, data, arguments: argparse.Namespace, report) -> tuple[nn.Sequential, str]:
+    """A network whose activations are real ones, and where its weights come from: a finished run, or its first steps."""
+    for seed in arguments.seeds:
+        model = runs.finished_model(Configuration(network, seed, device=arguments.device), data, arguments.runs, report)
+        if model is not None:
+            return place(model, arguments.device), f"{network.epochs} epochs, seed {seed}"
+    torch.manual_seed(arguments.seeds[0])
     model, step = prepared(network, arguments.device)
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seeds[0])
     for _ in range(arguments.steps):
         indices = torch.randint(len(data), (BATCH,), generator=generator).to(arguments.device)
         step(*data.batch(indices, generator=generator))
-    return network, model, next(iter(data.test_batches(0.0, BATCH)))
+    return model, f"{arguments.steps} steps, seed {arguments.seeds[0]}"
 
 
 def prepared(network: Network, device: str, **options) -> tuple[nn.Sequential, Callable]:
     """A fresh network, as ``build`` makes it, and its training step."""
-    model = build(network, **options).to(device, memory_format=torch.channels_last)
+    model = place(build(network, **options), device)
     optimizer = torch.optim.SGD(
         model.parameters(), network.lr, network.momentum, weight_decay=network.weight_decay, fused=True
     )
@@ -101,9 +117,10 @@ def prepared(network: Network, device: str, **options) -> tuple[nn.Sequential, C
     return model, step
 
 
-def count(network: Network, model: nn.Sequential, batch: tuple, arguments: argparse.Namespace) -> list[dict]:
+def count(network: Network, data, arguments: argparse.Namespace, report) -> list[dict]:
     """A row a layer that multiplies: products a sample, dense and non-zero, with training's winners and inference's."""
-    x, _ = batch
+    model, weights = trained(network, data, arguments, report)
+    x, _ = next(iter(data.test_batches(0.0, BATCH)))
     k_winners = [layer for layer in model.modules() if isinstance(layer, (sk.KWinners, sk.KWinners2d))]
     counted = []
     for factor in (1.0, network.k_inference_factor):
@@ -112,7 +129,8 @@ def count(network: Network, model: nn.Sequential, batch: tuple, arguments: argpa
         counted.append(sk.profile(model, x, repeats=1, show=False).layers)
     return [
         {
-            "layer": training.name,
+            "layer": training.name.replace("winners", "conv"),  # k-winners multiply where they hold the convolution
+            "weights": weights,
             "dense": training.dense_products // len(x),
             "training": training.products / len(x),
             "inference": inference.products / len(x),
@@ -122,9 +140,10 @@ def count(network: Network, model: nn.Sequential, batch: tuple, arguments: argpa
     ]
 
 
-def measure(network: Network, model: nn.Sequential, batch: tuple, arguments: argparse.Namespace) -> list[dict]:
+def measure(network: Network, data, arguments: argparse.Namespace, report) -> list[dict]:
     """A row a use: milliseconds of the network, in the fast layout too, and of its plain PyTorch and dense ReLU twins."""
-    x, labels = batch
+    x, labels = next(iter(data.test_batches(0.0, BATCH)))
+    torch.manual_seed(arguments.seeds[0])
     kinds = {
         "sparse": {},
         "fast": {"group_size": arguments.group_size},
@@ -176,6 +195,7 @@ def products_table(rows: list[dict], path: Path) -> Table:
                 *(f"{products:,.0f}" for products in (dense, training, inference)),
                 *(f"{dense / products:.1f}x" for products in (training, inference)),
                 f"{paper}x" if paper else "-",
+                row["weights"],
             ]
         )
     columns = [
@@ -186,9 +206,11 @@ def products_table(rows: list[dict], path: Path) -> Table:
         "saved, training",
         "saved, inference",
         "paper",
+        "weights after",
     ]
     notes = [
-        "Products a sample, counted on real activations; in inference 1.5 times as many units win as in training. A winner "
+        f"Products a sample, counted on the real activations of {BATCH} test samples; in inference 1.5 times as many units "
+        "win as in training. A winner "
         "at a map's border meets fewer of the next convolution's weights, hence a little more is saved than n / k. "
         "The paper's 10.5x (12544 / 1200) and 20x (1600 x 1000 / (200 x 0.4 x 1000)) are those of training's winners. "
         "Its 35x sets superSparseCNN2's hidden layer against the dense network's of 1000 units, and is reached with the "

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sparsekern.paper import options
 from sparsekern.paper.scores import COMMANDS, FAST_LAYOUT
 from sparsekern.paper.train import RUNS
 
@@ -18,12 +19,14 @@ HELP = "train a table's networks on all seeds, several at a time (Snakemake)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tables", nargs="+", choices=COMMANDS, metavar="TABLE", help=", ".join(COMMANDS))
-    parser.add_argument("--seeds", metavar="A-B", help="by default each table's own")
+    parser.add_argument("--seeds", type=options.seeds, metavar="A-B", help="by default each table's own")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time (default: a core each)"
+        "--jobs", type=options.at_least(1), default=os.cpu_count(), metavar="N", help="at a time (default: a core each)"
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a run (default: 1)")
-    parser.add_argument("--group-size", type=int, default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)")
+    parser.add_argument("--threads", type=options.at_least(1), default=1, metavar="N", help="of a run (default: 1)")
+    parser.add_argument(
+        "--group-size", type=options.at_least(1), default=FAST_LAYOUT, metavar="G", help="beside 1 (default: 16)"
+    )
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 def snakemake_command(arguments: argparse.Namespace) -> list[str]:
     config = {
         "tables": arguments.tables,
-        "seeds": arguments.seeds,
+        "seeds": arguments.seeds or [],  # each table's own
         "runs": str(arguments.runs),
         "group_size": arguments.group_size,
         "device": arguments.device,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparsekern.paper import distributed, results
+from sparsekern.paper import distributed, options, results
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks
 from sparsekern.paper.progress import console, progress_bar
@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = {name: ", ".join(networks(name)) for name in DATA_SETS}
     parser.add_argument("name", metavar="NAME", help="; ".join(f"{key}: {value}" for key, value in names.items()))
     parser.add_argument("--data-set", choices=DATA_SETS, default="mnist", help="default: mnist")
-    parser.add_argument("--epochs", type=int, metavar="N", help="by default as many as in the paper")
+    parser.add_argument("--epochs", type=options.at_least(1), metavar="N", help="by default as many as in the paper")
     parser.add_argument("--seed", type=int, default=42, help="of weights, data order and noise (default: 42)")
     parser.add_argument(
-        "--group-size", type=int, default=1, metavar="G", help="units that share a support (default: 1)"
+        "--group-size", type=options.at_least(1), default=1, metavar="G", help="units that share a support (default: 1)"
     )
     twin = parser.add_mutually_exclusive_group()
     twin.add_argument("--plain", action="store_true", help="the same network in plain PyTorch")
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the result; log and checkpoints go to a folder beside it (default: runs/...)",
     )
-    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides after each epoch")
+    parser.add_argument(
+        "--checkpoint-every", type=options.at_least(0), default=0, metavar="STEPS", help="besides after each epoch"
+    )
     add_machine_arguments(parser)
 
 
@@ -50,8 +52,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that trains takes."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
     parser.add_argument("--download", action="store_true", help="get the files that are not there")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=options.at_least(1), metavar="N", help="of the CPU (default: all)")
 
 
 def run(arguments: argparse.Namespace) -> int:

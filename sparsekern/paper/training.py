@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sparsekern as sk
 from sparsekern.paper import checkpoint, distributed, results
 from sparsekern.paper.evaluate import correct_by_noise_level, validation_accuracy
-from sparsekern.paper.networks import Network, build
+from sparsekern.paper.networks import Network, build, place
 from sparsekern.paper.plain import rezero_
 
 LOG = "log.jsonl"
@@ -92,7 +92,7 @@ class Run:
         )
         if distributed.world_size() > 1:
             distributed.with_global_batch_norm_(model)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = place(model, self.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), network.lr, network.momentum, weight_decay=network.weight_decay, fused=True
         )
@@ -211,7 +211,13 @@ class Run:
             setattr(self, name, state[name])
         if distributed.rank() == 0:  # it holds the sum of all
             self.loss_sum.copy_(state["loss_sum"])
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise results.ConfigurationMismatch(
+                f"{self.folder} holds a run that another version of sparsekern began; go on with that one, or remove it "
+                f"({error})"
+            ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["generator"])
         if "cuda_generator" in state:
