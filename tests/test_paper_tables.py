@@ -9,9 +9,9 @@ import torch
 
 import test_paper_train as t
 from sparsekern.paper import __main__ as paper
-from sparsekern.paper import options, report, results, runs, scores, speed, sweep, training
+from sparsekern.paper import batchnorm, options, report, results, runs, scores, speed, sweep, training
 from sparsekern.paper.datasets import DATA_SETS
-from sparsekern.paper.networks import networks, published
+from sparsekern.paper.networks import build, networks, published
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
 from sparsekern.paper.tables import Table
 from sparsekern.paper.train import default_path, log_folder
@@ -135,7 +135,9 @@ def test_a_table_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scores, "networks", lambda data_set: {"sparseCNN1": replace(t.NETWORK, epochs=2)})
     monkeypatch.setitem(paper.COMMANDS, "table1", replace(TABLE1, grouped=()))
     assert paper.main(["table1", "--finished", "--seeds", "1"]) == 1
-    assert "table1.csv" in capsys.readouterr().err
+    assert (
+        "there is no docs/results/table1.csv; `python -m sparsekern.paper table1` makes it" in capsys.readouterr().err
+    )
     assert paper.main(["table1", "--seeds", "1-2"]) == 0
     assert "2 runs added to docs/results/table1.csv" in capsys.readouterr().out
     assert {path.name for path in Path("runs/mnist").glob("*.csv")} == {"sparseCNN1-seed1.csv", "sparseCNN1-seed2.csv"}
@@ -148,6 +150,33 @@ def test_gaussian_has_a_table_and_a_plot(tmp_path, capsys):
     assert "k-winners-boosted" in out
     assert (tmp_path / "gaussian.png").exists()
     assert (tmp_path / "gaussian.svg").exists()
+
+
+def test_batch_norm_by_both_statistics(tmp_path, monkeypatch, capsys):
+    network = replace(networks("gaussian")["batch-norm"], filters=[4], k=[576], hidden=20, winners=20, epochs=2)
+    monkeypatch.setattr(batchnorm, "networks", lambda data_set: {"batch-norm": network})
+    monkeypatch.setitem(DATA_SETS, "gaussian", Small)
+    folders = ["--seeds", "42", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    assert paper.main(["batchnorm", *folders]) == 0
+    assert "each test batch of 250" in capsys.readouterr().out
+    rows = results.read(tmp_path / "batchnorm.csv").rows
+    assert [row["s"] for row in rows] == ["0.00", "0.50"]
+    run = results.read(tmp_path / "gaussian/batch-norm-seed42.csv").rows[-1]
+    assert [row["running"] for row in rows] == [run["correct 0.00"], run["correct 0.50"]]
+    before = (tmp_path / "batchnorm.csv").read_bytes()
+    assert paper.main(["batchnorm", "--finished", *folders]) == 0
+    assert (tmp_path / "batchnorm.csv").read_bytes() == before
+
+
+def test_batch_statistics_are_those_of_training_mode():
+    torch.manual_seed(0)
+    model = build(t.NETWORK)
+    x = torch.randn(8, 1, 28, 28) + 1
+    theirs = batchnorm.by_batch_statistics(model).eval()(x)
+    assert not torch.equal(theirs, model.eval()(x))
+    for layer in batchnorm.norms(model).values():
+        layer.train()
+    torch.testing.assert_close(theirs, model(x))
 
 
 def test_entropy_and_report(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 try:
     import matplotlib  # noqa: F401
@@ -29,9 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
+    except FileNotFoundError as error:
+        print(f"{parser.prog} {arguments.command}: {_missing(error, parser.prog)}", file=sys.stderr)
+        return 1
     except (OSError, ValueError, ConfigurationMismatch, DamagedCheckpoint, DamagedResult) as error:
         print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _missing(error: FileNotFoundError, prog: str) -> str:
+    maker = Path(error.filename or "").stem
+    return f"there is no {error.filename}; `{prog} {maker}` makes it" if maker in COMMANDS else str(error)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,15 @@ import argparse
 import os
 from pathlib import Path
 
-from sparsekern.paper import entropy, figure2, figure3, figure5, results, speed, table3
+from sparsekern.paper import batchnorm, entropy, figure2, figure3, figure5, results, speed, table3
 from sparsekern.paper.checkpoint import write_atomically
 from sparsekern.paper.progress import console
 from sparsekern.paper.scores import COMMANDS
 from sparsekern.paper.tables import Table
 
 HELP = "docs/results.md from the result files"
-SECTIONS = {**COMMANDS, "figure5": figure5, "entropy": entropy, "speed": speed, "figure2": figure2.COMMAND,
-            "figure3": figure3.COMMAND,
-            "table3": table3}  # fmt: skip
+SECTIONS = {**COMMANDS, "batchnorm": batchnorm, "figure5": figure5, "entropy": entropy, "speed": speed,
+            "figure2": figure2.COMMAND, "figure3": figure3.COMMAND, "table3": table3}  # fmt: skip
 BEGINNING = """# The paper's results, reproduced
 
 Written by `python -m sparsekern.paper report` from the result files in `{folder}`. Each of them begins with the
@@ -27,7 +26,7 @@ To train everything anew, several runs at a time, and then gather, print and dra
     pip install 'sparsekern[paper,sweep]'
     rm -r {folder}
     python -m sparsekern.paper sweep table1 table2 gaussian
-    for command in table1 table2 gaussian figure5 entropy speed figure2 figure3 report; do
+    for command in table1 table2 gaussian batchnorm figure5 entropy speed figure2 figure3 report; do
         python -m sparsekern.paper $command
     done
 
