@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,11 +20,10 @@ from torch.nn import functional as F
 
 import sparsekern as sk
 from checking import WrongResult
-from gpu import lines
 from gpu_cases import TORCH, error_of
-from gpu_timing import timings
-from report import DENSE, OURS, Result, caption, environment, write_csv
-from sparsekern.ops import _library
+from gpu_report import gpu_environment, lines
+from gpu_timing import on_gpu, runs, timings
+from report import DENSE, OURS, Result, caption, write_csv
 
 FORWARD, BACKWARD, STEP = "forward", "forward + backward", "training step"
 
@@ -68,33 +67,43 @@ class PlainAutoencoder(nn.Module):
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 after a wrong result, or 2 where nothing could be run."""
     arguments = parse(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
         print("autoencoder: no GPU that PyTorch can use; --device cpu rehearses", file=sys.stderr)
         return 2
-    on_gpu = arguments.device == "cuda"
-    B, width, codes, k, dtype = (4096, 4096, 131072, 64, torch.bfloat16) if on_gpu else (4, 32, 256, 8, torch.float32)
-    where = environment(arguments.device, dtype)
-    where["kernels"] = f"Triton {version('triton')}" if on_gpu and _library.has_triton() else where["kernels"]
+    where = gpu_environment(device, str(settings(device)[-1]).removeprefix("torch."))
     print(caption(where), flush=True)
-    torch.manual_seed(0)
-    model = SparseAutoencoder(width, codes, k, device=arguments.device, dtype=dtype)
-    x = torch.randn(B, width, device=arguments.device).to(dtype)
+    results = []
     try:
-        error = check(model, x)
+        for result in measured(device, arguments.compile):
+            results.append(result)
+            print(f"\n{result.case}, {result.work}, B={result.batch}\n" + "\n".join(lines(result)), flush=True)
     except WrongResult as wrong:
         print(f"WRONG RESULT, not timed: {wrong}", file=sys.stderr)
         return 1
-    name = f"TopK autoencoder {width}->{codes}->{width}, k={k}, {where['dtype']}"
-    results = []
-    for work in (FORWARD, BACKWARD, STEP):
-        result = Result(name, work, B, codes / k, error)
-        for key, build in rivals(model, arguments.compile and on_gpu).items():
-            result.timings.update(measure(key, build(), x, work, arguments.device))
-        results.append(result)
-        print(f"\n{name}, {work}, B={B}\n" + "\n".join(lines(result)), flush=True)
     if arguments.csv:
         write_csv(arguments.csv, results, where)
     return 0
+
+
+def settings(device: str) -> tuple[int, int, int, int, torch.dtype]:
+    """(B, width, codes, k, dtype): a tiny one where it is rehearsed."""
+    return (4096, 4096, 131072, 64, torch.bfloat16) if device == "cuda" else (4, 32, 256, 8, torch.float32)
+
+
+def measured(device: str, compiled: bool) -> Iterator[Result]:
+    """Checks the autoencoder, then times each kind of work."""
+    B, width, codes, k, dtype = settings(device)
+    torch.manual_seed(0)
+    model = SparseAutoencoder(width, codes, k, device=device, dtype=dtype)
+    x = torch.randn(B, width, device=device).to(dtype)
+    error = check(model, x)
+    name = f"TopK autoencoder {width}->{codes}->{width}, k={k}, {str(dtype).removeprefix('torch.')}"
+    for work in (FORWARD, BACKWARD, STEP):
+        result = Result(name, work, B, codes / k, error)
+        for key, build in rivals(model, compiled and on_gpu(device)).items():
+            result.timings.update(measure(key, build, x, work, device))
+        yield result
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -117,13 +126,16 @@ def rivals(model: SparseAutoencoder, compiled: bool) -> dict:
     return builds
 
 
-def measure(key: tuple[str, str], module: nn.Module, x: Tensor, work: str, device: str) -> dict:
-    """Its timing; on a GPU its name says how much memory the work needs beyond weights and x."""
+def measure(key: tuple[str, str], build: Callable[[], nn.Module], x: Tensor, work: str, device: str) -> dict:
+    """Its timing; on a GPU its name says how much memory the work needs beyond weights and x. Nothing if it cannot run."""
+    module = build()
     optimizer = torch.optim.Adam(module.parameters(), 1e-5, fused=True) if work == STEP else None
     function = partial(_work, module, optimizer, x, work)
     needed = ""
     with torch.set_grad_enabled(work != FORWARD):
-        if device == "cuda":
+        if not runs(key, function):
+            return {}
+        if on_gpu(device):
             function()
             torch.cuda.synchronize()
             held = torch.cuda.memory_allocated()

@@ -1,70 +1,99 @@
 """Every GPU figure in one command: checked first, then timed side by side with every rival, as called and in CUDA graphs.
 
-python benchmarks/gpu.py [--device cpu] [--only PATTERN] [--csv FILE]   (cpu: tiny sizes, to see that everything runs)
+python benchmarks/gpu.py [--device cpu] [--only PATTERN] [--seconds S] [--csv FILE]   (cpu: tiny, to see that all runs)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
-from importlib.metadata import version
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+import autoencoder
 from cases import Options
 from checking import WrongResult
 from gpu_cases import CASES, Row
-from gpu_timing import GRAPHED, timings
-from network_cases import network_cases
-from report import OURS, Result, caption, environment, write_csv
-from sparsekern.ops import _library
+from gpu_report import gpu_environment, lines
+from gpu_timing import on_gpu, timings
+from network_cases import STEP, network_cases
+from report import Result, caption, write_csv
 
 REHEARSAL = 1 / 256  # of each size, on CPU
+AUTOENCODER = "TopK autoencoder"
+# Networks that are compiled too: each form of each rival takes the compiler 10 to 20 s.
+COMPILED = tuple(f"{name} sparseCNN2 G=1, {STEP}, B=64" for name in ("mnist", "speech"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 1 after a wrong result, or 2 where nothing could be run."""
+    """0, or 1 after a wrong result or a row that could not be run, or 2 where nothing could be run."""
     arguments = parse(argv)
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: no GPU that PyTorch can use; --device cpu rehearses", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    where = environment(device, torch.float32)
-    where["dtype"] = "as named"
-    where["kernels"] = f"Triton {version('triton')}" if device == "cuda" and _library.has_triton() else where["kernels"]
+    where = gpu_environment(device, "as named")
     print(caption(where), flush=True)
-    names = [name for name in (*CASES, *networks()) if arguments.only is None or arguments.only.search(name)]
-    results, wrong = [], 0
-    for name in names:
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        try:
-            results.append(run(name, device, arguments.compile))
-        except WrongResult as error:
-            wrong += 1
-            print(f"{name}\n  WRONG RESULT, not timed: {error}", flush=True)
-        except torch.OutOfMemoryError as error:
-            print(f"{name}\n  out of memory, not timed: {str(error).splitlines()[0]}", flush=True)
-        else:
-            print(f"\n{name}  ({time.perf_counter() - start:.0f} s)\n" + "\n".join(lines(results[-1])), flush=True)
-        if device == "cuda":
+    rows = {name: work for name, work in every_row(arguments).items() if arguments.only.search(name)}
+    results, failed = [], []
+    began = time.perf_counter()
+    for name, work in rows.items():
+        if time.perf_counter() - began > arguments.seconds:
+            failed.append(f"{name}: no time left")
+            continue
+        failed += measure(name, work, results)
+        if arguments.csv:  # after each row: what is measured is kept, whatever comes
+            write_csv(arguments.csv, results, where)
+        if on_gpu(device):
             torch.cuda.empty_cache()
-    if arguments.csv:
-        write_csv(arguments.csv, results, where)
-    return 1 if wrong else 0 if names else 2
+    print("\n" + "\n".join(["every row was measured"] if not failed else ["NOT MEASURED:", *failed]))
+    return 1 if failed else 0 if rows else 2
+
+
+def measure(name: str, work: Callable[[], Iterator[Result]], results: list[Result]) -> list[str]:
+    """Appends the row's results and prints them; returns why there are not more."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    try:
+        for result in work():
+            results.append(result)
+            title = ", ".join(filter(None, (result.case, result.work)))
+            print(f"\n{title}  ({time.perf_counter() - start:.0f} s)\n" + "\n".join(lines(result)), flush=True)
+    except WrongResult as error:
+        print(f"\n{name}\n  WRONG RESULT, not timed: {error}", flush=True)
+        return [f"{name}: wrong result"]
+    except Exception as error:  # the other rows are to be had all the same
+        print(f"\n{name}\n{traceback.format_exc()}", flush=True)
+        return [f"{name}: {type(error).__name__}"]
+    finally:
+        torch.compiler.reset()
+    return []
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", type=lambda t: re.compile(t, re.I), metavar="PATTERN", help="rows with this in them")
+    pattern = {"type": lambda t: re.compile(t, re.I), "default": re.compile(""), "metavar": "PATTERN"}
+    parser.add_argument("--only", **pattern, help="rows with this in them")
+    parser.add_argument("--seconds", type=float, default=540, help="after which no further row is begun")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every timing here")
     return parser.parse_args(argv)
+
+
+def every_row(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterator[Result]]]:
+    """What measures each row, by name."""
+    device, compiled = arguments.device, arguments.compile and on_gpu(arguments.device)
+    rows = {name: lambda name=name: run(name, device, compiled) for name in CASES}
+    rows |= {name: lambda name=name: run_network(name, device, compiled) for name in networks()}
+    return rows | {AUTOENCODER: lambda: autoencoder.measured(device, compiled)}
 
 
 def networks() -> dict:
@@ -72,35 +101,37 @@ def networks() -> dict:
     return {f"{case.name}, {case.work}, B={case.batch}": case for case in network_cases()}
 
 
-def run(name: str, device: str, compiled: bool) -> Result:
-    compiled = compiled and device == "cuda"
-    if name in CASES:
-        row = CASES[name](device, 1 if device == "cuda" else REHEARSAL, compiled)
-    else:
-        prepared = networks()[name].prepare(Options(device, torch.float32, compiled=False))
-        checked = prepared.check()
-        savings = checked.dense_products / checked.products
-        row = Row(prepared.functions, checked.error, savings, training=prepared.training)
+def run(name: str, device: str, compiled: bool) -> Iterator[Result]:
+    row = CASES[name](device, 1 if device == "cuda" else REHEARSAL, compiled)
     batch = int(re.search(r"B=(\d+)", name + " B=0").group(1))
-    with torch.set_grad_enabled(row.training or "backward" in name):
-        measured = timings(row.functions, device, row.graphs)
-    torch.compiler.reset()
-    return Result(name, "", batch, row.savings, row.error, measured)
+    yield result_of(Result(name, "", batch, row.savings, row.error), row, device)
 
 
-def lines(result: Result) -> list[str]:
-    """A line for each implementation: its time, its spread, and how much faster the best of ours of its kind is."""
-    out = []
-    for (role, name), t in result.timings.items():
-        kin = [
-            ours
-            for (r, n), ours in result.timings.items()
-            if r == OURS and n.endswith(GRAPHED) == name.endswith(GRAPHED)
-        ]
-        faster = f"  {t.median / min(o.median for o in kin):6.2f}x" if kin and role != OURS else ""
-        spread = 100 * (t.high - t.low) / 2 / t.median
-        out.append(f"  {role:<11} {name:<32} {1e3 * t.median:10.1f} us ±{spread:3.0f}%{faster}")
-    return [*out, f"  error {result.max_error:.1e}" + (f", savings {result.savings:.1f}x" if result.savings else "")]
+def run_network(name: str, device: str, compiled: bool) -> Iterator[Result]:
+    case = networks()[name]
+    prepared = case.prepare(Options(device, torch.float32, compiled=compiled and name in COMPILED))
+    with plain_convolutions():
+        checked = prepared.check()
+    savings = checked.dense_products / checked.products
+    row = Row(prepared.functions, checked.error, training=prepared.training)
+    yield result_of(Result(case.name, case.work, case.batch, savings, checked.error), row, device)
+
+
+def result_of(result: Result, row: Row, device: str) -> Result:
+    with torch.set_grad_enabled(row.training or "backward" in result.case):
+        result.timings = timings(row.functions, device, row.graphs)
+    return result
+
+
+@contextlib.contextmanager
+def plain_convolutions():
+    """Without cuDNN, whose transforms err by more than sums of products do: what is checked are our own kernels."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.enabled = cudnn.enabled, False
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import sparsekern as sk
 from checking import WrongResult
+from gpu_timing import on_gpu
 from report import DENSE, OURS
 from sparsekern.paper.plain import PlainKWinners
 
@@ -95,7 +96,7 @@ def selection(B: int, n: int, k: int, device: str, scale: float, compiled: bool)
         (OURS, "output, bits and counts"): lambda: sk.functional.k_winners(x, k),
         (TORCH, "topk"): lambda: torch.topk(x, k, sorted=False),
     }
-    if device == "cuda":
+    if on_gpu(device):
         functions[OURS, "selection alone"] = lambda: select_alone(x, k)
     return Row(functions, 0.0, bytes=x.nbytes)
 
@@ -140,7 +141,7 @@ def linear(B, I, O, density, group_size, active, dtype, device: str, scale: floa
     wanted = F.linear(x.double(), dense.weight.double(), dense.bias.double())
     error = error_of(layer(x), wanted, f"linear {I}->{O}")
     functions = {(OURS, "eager"): partial(layer, x), (DENSE, "eager"): partial(dense, x)}
-    if dtype == F32 and device == "cuda":
+    if dtype == F32 and on_gpu(device):
         functions["TF32", "eager"] = partial(with_tf32, dense, x)
         functions["bf16", "eager"] = partial(_bfloat16(dense), x.bfloat16())
     return Row(functions, error, savings=1 / (density * active), bytes=int(layer.weight.nbytes * active))
@@ -221,11 +222,45 @@ def convolution(B: int, active: float, device: str, scale: float, compiled: bool
         (DENSE, "eager"): dense,
         (DENSE, "channels-last"): dense_last,
     }
-    if device == "cuda":
+    if on_gpu(device):
         functions["TF32", "channels-last"] = partial(with_tf32, dense_last)
         half = [t.bfloat16() for t in (x_last, weight_last, bias)]
         functions["bf16", "channels-last"] = partial(F.conv2d, *half)
     return Row(functions, error, savings=1 / active)
+
+
+def convolution_backward(B: int, active: float, grad_active: float, device: str, scale: float, compiled: bool) -> Row:
+    """Both gradients, of an incoming gradient as sparse as what pooling and k-winners leave of it."""
+    B = max(2, int(B * scale))
+    x = sparse_rows(B, 64 * 14 * 14, int(active * 64 * 14 * 14), F32, device).view(B, 64, 14, 14)
+    grad_y = sparse_rows(B, 6400, int(grad_active * 6400), F32, device).view(B, 64, 10, 10)
+    layer = sk.SparseConv2d(64, 64, 5, sparse_input_grad=True, device=device)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    functions = {}
+    with torch.enable_grad():
+        for name, change in (("eager", torch.clone), ("channels-last", _last)):
+            leaves = change(x).requires_grad_(), change(weight).requires_grad_()
+            ys = {
+                OURS: sk.functional.sparse_conv2d(*leaves, bias, sparse_input_grad=True),
+                DENSE: F.conv2d(*leaves, bias),
+            }
+            for role, y in ys.items():
+                functions[role, name] = partial(torch.autograd.grad, y, leaves, change(grad_y), retain_graph=True)
+    errors = []
+    for name in ("eager", "channels-last"):
+        grads = functions[OURS, name]()
+        for what, got, wanted in zip(("x", "weight"), grads, _convolution_gradients(x, weight, grad_y), strict=True):
+            errors.append(error_of(got, wanted, f"convolution, {name}, gradient of {what}"))
+    if on_gpu(device):
+        functions["TF32", "channels-last"] = partial(with_tf32, functions[DENSE, "channels-last"])
+    return Row(functions, max(errors), savings=1 / grad_active)
+
+
+def _convolution_gradients(x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """In float64, that of x where x is not zero."""
+    x, weight, grad_y = x.double(), weight.double(), grad_y.double()
+    grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad_y)
+    return torch.where(x != 0, grad_x, 0), torch.nn.grad.conv2d_weight(x, weight.shape, grad_y)
 
 
 def _last(t: Tensor) -> Tensor:
@@ -245,6 +280,9 @@ CASES: dict[str, Callable[[str, float, bool], Row]] = {
     "decode 131072->4096 k=64 bfloat16, B=4096, backward": partial(decode, True),
     "conv 64->64 5x5 on 14x14, 10% active, float32, B=1024": partial(convolution, 1024, 0.1),
     "conv 64->64 5x5 on 14x14, 10% active, float32, B=64": partial(convolution, 64, 0.1),
+    "conv 64->64 5x5 on 14x14, 3% of gradient, float32, B=1024, backward": partial(
+        convolution_backward, 1024, 0.1, 0.03
+    ),
     # Never slower than dense: inputs without zeros.
     "dense input 1024->1024 d=1 bfloat16, B=1": partial(linear, 1, 1024, 1024, 1, 1024, 1, BF16),
     "dense input 4096->4096 d=1 bfloat16, B=1": partial(linear, 1, 4096, 4096, 1, 4096, 1, BF16),
@@ -252,4 +290,5 @@ CASES: dict[str, Callable[[str, float, bool], Row]] = {
     "dense input 4096->4096 d=1 bfloat16, B=1024": partial(linear, 1024, 4096, 4096, 1, 4096, 1, BF16),
     "dense input 4096->4096 d=0.5 G=1 float32, B=64": partial(linear, 64, 4096, 4096, 0.5, 1, 1, F32),
     "dense input conv 64->64 5x5 on 14x14, float32, B=1024": partial(convolution, 1024, 1.0),
+    "dense gradient conv 64->64 5x5 on 14x14, float32, B=1024, backward": partial(convolution_backward, 1024, 1, 1),
 }

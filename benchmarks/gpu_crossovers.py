@@ -1,7 +1,8 @@
-"""Which way of the sparse linear layer's forward is the fastest on this GPU, by shape, batch and dtype.
+"""Which way of the sparse linear layer's forward, and of the convolution's passes, is the fastest on this GPU.
 
-The constants of sparsekern/ops/sparse_linear_triton.py (ROWS_B, GROUPS_DENSITY) are set from what it prints: each way is
-forced in turn, checked against the others, and timed in a CUDA graph beside the dense layer.
+The constants of sparsekern/ops/sparse_linear_triton.py (ROWS_B, GROUPS_DENSITY) and of the sparse_conv2d_*triton.py
+(MIN_PRODUCTS, DENSE_FROM) are set from what it prints: each way is forced in turn, the linear ones checked against the
+dense layer, and timed in a CUDA graph beside it. A convolution's "dense" is cuDNN.
 
 python benchmarks/gpu_crossovers.py [--device cpu] [--only PATTERN]   (cpu: a rehearsal, without the ways)
 """
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 
 import sparsekern as sk
 from gpu_cases import BF16, F32, error_of, sparse_rows
-from gpu_timing import GRAPHED, timings
+from gpu_timing import GRAPHED, on_gpu, timings
 
 # (in features, out features, density, group size): the paper's, a language model's, and groups of several densities.
 SHAPES = (
@@ -30,7 +32,11 @@ SHAPES = (
     (4096, 4096, 0.25, 32),
     (4096, 16384, 0.1, 64),
 )
+# (in channels, out channels, kernel, side of the map).
+CONVOLUTIONS = ((64, 64, 5, 14), (32, 64, 5, 12), (128, 128, 3, 28))
 BATCHES = (1, 8, 32, 64, 256, 1024)
+CONVOLVED = (16, 64, 256, 1024)
+DENSITIES = (0.03, 0.1, 0.25, 1.0)
 ACTIVE = 0.1
 DENSE = ("dense layer", "eager")
 
@@ -44,13 +50,49 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu_crossovers: no GPU that PyTorch can use; --device cpu rehearses", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
-    for shape in SHAPES if arguments.device == "cuda" else [(32, 48, 0.25, 16)]:
-        for dtype in (F32, BF16):
-            for B in BATCHES if arguments.device == "cuda" else (2,):
-                name = "{}->{} d={} G={}".format(*shape) + f" {str(dtype).removeprefix('torch.')} B={B}"
-                if arguments.only.search(name):
-                    print(f"{name:<42}" + row(B, *shape, dtype, arguments.device), flush=True)
+    torch.backends.cudnn.allow_tf32 = False
+    for name, measure in rows(arguments.device).items():
+        if arguments.only.search(name):
+            print(f"{name:<42}" + measure(), flush=True)
     return 0
+
+
+def rows(device: str) -> dict[str, Callable[[], str]]:
+    """What measures each row, by name."""
+    real, found = device == "cuda", {}
+    for shape in SHAPES if real else [(32, 48, 0.25, 16)]:
+        for dtype in (F32, BF16):
+            for B in BATCHES if real else (2,):
+                name = "{}->{} d={} G={}".format(*shape) + f" {str(dtype).removeprefix('torch.')} B={B}"
+                found[name] = partial(row, B, *shape, dtype, device)
+    for shape in CONVOLUTIONS if real else [(3, 4, 3, 6)]:
+        for B in CONVOLVED if real else (2,):
+            for active in DENSITIES:
+                name = "conv {0}->{1} {2}x{2} on {3}x{3}".format(*shape) + f" B={B} active={active}"
+                found[name] = partial(convolution_row, B, *shape, active, device)
+    return found
+
+
+def convolution_row(B: int, C: int, O: int, K: int, size: int, active: float, device: str) -> str:
+    """Every pass each way, x and the incoming gradient as sparse as each other."""
+    torch.manual_seed(0)
+    out = size - K + 1
+    x = sparse_rows(B, C * size * size, max(1, int(active * C * size * size)), F32, device).view(B, C, size, size)
+    grad_y = sparse_rows(B, O * out * out, max(1, int(active * O * out * out)), F32, device).view(B, O, out, out)
+    weight, ops, where = torch.randn(O, C, K, K, device=device), torch.ops.sparsekern, ([1, 1], [0, 0])
+    calls = {
+        "forward": lambda: ops.sparse_conv2d(x, weight, None, *where),
+        "grad_input": lambda: ops.sparse_conv2d_grad_input(grad_y, x, weight, *where, False),
+        "grad_weight": lambda: ops.sparse_conv2d_grad_weight(grad_y, x, [K, K], *where),
+    }
+    chosen = ["sparse", "dense"] if on_gpu(device) else ["as chosen"]
+    functions = {(way, name): partial(run_forced, way, call) for name, call in calls.items() for way in chosen}
+    measured = timings(functions, device)
+    return "  ".join(
+        f"{role} {name.removesuffix(GRAPHED)} {1e3 * t.median:.1f} us"
+        for (role, name), t in measured.items()
+        if name.endswith(GRAPHED) or not on_gpu(device)
+    )
 
 
 def row(B: int, I: int, O: int, density: float, group_size: int, dtype: torch.dtype, device: str) -> str:
@@ -65,21 +107,21 @@ def row(B: int, I: int, O: int, density: float, group_size: int, dtype: torch.dt
         error_of(functions[way, "eager"](), wanted, way)
     with torch.no_grad():
         measured = timings(functions, device)
-    times = {role: t.median for (role, name), t in measured.items() if name.endswith(GRAPHED) or device == "cpu"}
+    times = {role: t.median for (role, name), t in measured.items() if name.endswith(GRAPHED) or not on_gpu(device)}
     best = min((role for role in times if role != DENSE[0]), key=times.get)
     chosen = f"best {best}, {times[DENSE[0]] / times[best]:.2f}x of dense"
     return "  ".join(f"{role} {1e3 * t:.1f} us" for role, t in times.items()) + f"  {chosen}"
 
 
 def ways(density: float, group_size: int, device: str) -> list[str]:
-    if device != "cuda":
+    if not on_gpu(device):
         return ["as chosen"]
     return ["rows", "dense", *(["groups"] if group_size >= 16 and density < 1 else [])]
 
 
-def run_forced(way: str, layer: sk.SparseLinear, x: torch.Tensor) -> torch.Tensor:
+def run_forced(way: str, function: Callable, *arguments) -> torch.Tensor:
     with torch.no_grad(), forced(way):
-        return layer(x)
+        return function(*arguments)
 
 
 @contextlib.contextmanager
@@ -87,14 +129,14 @@ def forced(way: str):
     if way == "as chosen":
         yield
         return
-    from sparsekern.ops import sparse_linear_triton as body
+    from sparsekern.ops import sparse_conv2d_triton, sparse_linear_triton
 
-    before = body.forward_way
-    body.forward_way = lambda *_: way
-    try:
+    choices = (sparse_linear_triton, "forward_way"), (sparse_conv2d_triton, "way")
+    with contextlib.ExitStack() as changed:
+        for module, name in choices:
+            changed.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, lambda *_: way)
         yield
-    finally:
-        body.forward_way = before
 
 
 if __name__ == "__main__":

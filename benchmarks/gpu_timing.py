@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from report import OURS
 from timing import Timing, interleaved
 
 SAMPLE_MS = 1.0  # a sample is as many calls as last this long
@@ -15,22 +16,39 @@ ROUNDS = 15
 GRAPHED = ", graph"
 
 
+def on_gpu(device: str) -> bool:
+    return device == "cuda"
+
+
 def timings(functions: dict[tuple[str, str], Callable], device: str, graphs: bool = True) -> dict[tuple, Timing]:
     """Times each function by (role, name); with graphs also as (role, name + ", graph") where it can be captured."""
-    if device != "cuda":
+    functions = {key: function for key, function in functions.items() if runs(key, function)}
+    if not on_gpu(device):
         return interleaved(functions, 0.05, device)
-    runs = dict(functions)
+    timed = dict(functions)
     if graphs:
         for (role, name), function in functions.items():
             replay = captured(function)
             if replay is not None:
-                runs[role, name + GRAPHED] = replay
-    calls = {key: max(1, math.ceil(SAMPLE_MS / _sample(run, 3))) for key, run in runs.items()}
-    samples: dict[tuple, list[float]] = {key: [] for key in runs}
+                timed[role, name + GRAPHED] = replay
+    calls = {key: max(1, math.ceil(SAMPLE_MS / _sample(run, 3))) for key, run in timed.items()}
+    samples: dict[tuple, list[float]] = {key: [] for key in timed}
     for i in range(ROUNDS):
-        for key in list(runs) if i % 2 == 0 else reversed(runs):
-            samples[key].append(_sample(runs[key], calls[key]))
+        for key in list(timed) if i % 2 == 0 else reversed(timed):
+            samples[key].append(_sample(timed[key], calls[key]))
     return {key: _timing(values) for key, values in samples.items()}
+
+
+def runs(key: tuple[str, str], function: Callable) -> bool:
+    """Calls it once: a rival that PyTorch cannot run (a dtype, a compilation, memory) is left out, and said why."""
+    if key[0] == OURS:
+        return True
+    try:
+        function()
+    except Exception as error:
+        print(f"  {' '.join(key)} left out: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+        return False
+    return True
 
 
 def captured(function: Callable) -> Callable | None:

@@ -67,7 +67,7 @@ def _forms(options: Options) -> list[tuple[str, bool, bool]]:
     """How each network is run: a name, whether channels-last, whether compiled."""
     forms = [("", False, False), (" channels-last", True, False)]
     if options.compiled:
-        forms += [(" compiled", False, True), (" compiled channels-last", True, True)]
+        forms += [(" compiled", False, True), (" compiled channels-last", True, True)][options.device != "cpu" :]
     return forms
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from gpu_tables import gpu_table
 from report import DENSE, ENVIRONMENT, OTHERS, Result, caption, cells, over, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,9 +84,11 @@ def comparisons() -> list[tuple[list[Result], dict[str, str]]]:
 
 def readme_tables() -> dict[str, str]:
     """A row for each network and layer at B=64 (else at its only B), and every row that loses."""
+    gpu = RESULTS / "gpu.csv"
+    tables = {"GPU table": gpu_table(*read_csv(gpu)) if gpu.exists() else ""}
     files = [file for file in comparisons() if file[1]["dtype"] == "float32"]
     if not files:
-        return {"speed table": ""}
+        return {"speed table": "", **tables}
     results, where = files[-1]
     at_64 = {result.case for result in results if result.batch == 64}
     shown = [r for r in results if r.batch == 64 or r.case not in at_64 or r.speedup() < 1]
@@ -108,7 +111,8 @@ def readme_tables() -> dict[str, str]:
         "the same network "
         "in plain PyTorch (`topk`, masked weights). [All rows, and what bounds them](docs/performance.md)."
     )
-    return {"speed table": f"![Speed-up over dense PyTorch](docs/speed.png)\n\n{markdown(header, rows)}\n\n{notes}"}
+    table = f"![Speed-up over dense PyTorch](docs/speed.png)\n\n{markdown(header, rows)}\n\n{notes}"
+    return {"speed table": table, **tables}
 
 
 def performance_tables() -> dict[str, str]:

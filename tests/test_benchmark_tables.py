@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+import gpu_cases
+import gpu_tables
 import tables
 from compare_dense import all_cases
 from report import Result, environment, write_csv
@@ -51,7 +53,10 @@ def test_missed_targets_are_named(measured):
 def test_check_finds_a_stale_document(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
-    marked = {"README.md": ["speed table"], "docs/performance.md": ["compare_dense", "roofline", "never_slower"]}
+    marked = {
+        "README.md": ["speed table", "GPU table"],
+        "docs/performance.md": ["compare_dense", "roofline", "never_slower"],
+    }
     for document, names in marked.items():
         text = "".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in names)
         (tmp_path / document).write_text(f"before\n{text}after\n")
@@ -60,9 +65,32 @@ def test_check_finds_a_stale_document(measured, tmp_path, monkeypatch, capsys):
     assert tables.main([]) == 0
     assert tables.main(["--check"]) == 0
     assert (tmp_path / "README.md").read_text().startswith("before\n<!-- speed table: begin -->\n![Speed-up")
-    assert (tmp_path / "README.md").read_text().endswith("<!-- speed table: end -->\nafter\n")
+    assert (tmp_path / "README.md").read_text().endswith("<!-- GPU table: begin -->\n<!-- GPU table: end -->\nafter\n")
 
 
 def test_missing_markers_are_named():
     with pytest.raises(ValueError, match=r"wants the markers <!-- a: begin --> and <!-- a: end --> once each"):
         tables.filled("no markers", {"a": "b"})
+
+
+def test_gpu_table_of_the_results(tmp_path, monkeypatch):
+    """Each way of calling against the rivals that were called so; every target's row is one that gpu.py measures."""
+
+    def milliseconds(value):
+        return Timing(value, value, value, 15)
+
+    path = tmp_path / "gpu.csv"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.readme_tables()["GPU table"] == ""
+    times = {("sparsekern", "eager"): 0.02, ("sparsekern", "eager, graph"): 0.005, ("dense", "eager"): 0.05}
+    times |= {("dense", "compile"): 0.04, ("dense", "eager, graph"): 0.01, ("TF32", "eager"): 0.01}
+    timed = {key: milliseconds(value) for key, value in times.items()}
+    name = "conv 64->64 5x5 on 14x14, 10% active, float32, B=1024"
+    results = [Result(name, "", 1024, 10.0, 1e-7, timed), Result("mnist sparseCNN2 G=1", "inference", 1, 4.6, 0, timed)]
+    write_csv(path, results, {**environment("cpu", torch.float32), "hardware": "a GPU"})
+    table = tables.readme_tables()["GPU table"]
+    assert f"| {name} |  | in a graph | 5.0 | 2.00x |  |  |  |  | 2x reached |" in table
+    assert f"| {name} |  | eagerly | 20.0 | 2.00x |  |  | 0.50x |  | 2x reached |" in table
+    assert "| mnist sparseCNN2 G=1, B=1 | inference | eagerly | 20.0 | 2.00x |" in table
+    assert "a GPU" in table
+    assert set(gpu_tables.TARGETS) <= set(gpu_cases.CASES)

@@ -14,6 +14,7 @@ from tolerance import assert_same_bits, assert_sums_close
 if not torch.cuda.is_available():
     pytest.skip("no GPU that PyTorch can use", allow_module_level=True)
 
+from sparsekern.ops import sparse_conv2d_triton
 from triton_dispatch_cases import network, train
 from triton_k_winners_cases import *  # noqa: F403
 from triton_sparse_conv2d_cases import *  # noqa: F403
@@ -131,19 +132,34 @@ def linear_in(change, layer, x, grad_y):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("active", [0.1, 1.0])
-def test_convolutions(active, channels_last):
-    """Enough products for the sparse way, which a dense input must leave to the dense kernel."""
-    x, weight = randn(256, 64, 14, 14, active=active), randn(64, 64, 5, 5)
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    y = sk.functional.sparse_conv2d(x, weight)
-    few = slice(0, 16)
+@pytest.mark.parametrize(("active", "stride", "padding"), [(0.1, 1, 0), (0.03, 2, 2), (1.0, 1, 0)])
+def test_convolutions(active, stride, padding, channels_last):
+    """Enough products for the sparse way, which dense tensors must leave to the dense kernels."""
+    size = (12 + 2 * padding - 3) // stride + 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, weight, bias = randn(512, 64, 12, 12, active=active), randn(96, 64, 3, 3), randn(96)
+    grad_y = randn(512, 96, size, size, active=active).contiguous(memory_format=memory_format)
+    x = x.contiguous(memory_format=memory_format)
+    where = [stride, stride], [padding, padding]
+    assert sparse_conv2d_triton.way(x, weight.shape, [size, size], where[1]) == "sparse"
+
+    def results(bodies, change=lambda t: t):
+        x_, weight_, grad_y_ = change(x), change(weight), change(grad_y)
+        return {
+            "y": bodies.sparse_conv2d(x_, weight_, change(bias), *where),
+            "grad_x": bodies.sparse_conv2d_grad_input(grad_y_, x_, weight_, *where, False),
+            "grad_x at non-zeros": bodies.sparse_conv2d_grad_input(grad_y_, x_, weight_, *where, True),
+            "grad_weight": bodies.sparse_conv2d_grad_weight(grad_y_, x_, [3, 3], *where),
+        }
+
+    got, again = results(ops), results(ops)
     exact, magnitude, terms = (
-        sparse_conv2d_reference.sparse_conv2d(change(x[few]), change(weight), None, [1, 1], [0, 0])
+        results(sparse_conv2d_reference, change)
         for change in (lambda t: t.double(), lambda t: t.double().abs(), lambda t: (t != 0).double())
     )
-    assert_sums_close(y[few], exact, magnitude, terms, "y")
-    assert_same_bits(sk.functional.sparse_conv2d(x, weight), y, "two runs")
+    for name, value in got.items():
+        assert_sums_close(value, exact[name], magnitude[name], terms[name], name)
+        assert_same_bits(value, again[name], f"two runs, {name}")
 
 
 def step(model, optimizer, x, labels):
@@ -206,6 +222,32 @@ def test_compiled_without_breaks():
     model.eval()
     compiled = torch.compile(nn.Sequential(*model), fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiled_training():
+    """Strides are part of a compiled graph: those of every op's results are as promised."""
+    model, _, x, labels = on_gpu()
+    model.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for run, of in ((compiled, model), (twin, twin)):
+        of.zero_grad()
+        F.cross_entropy(run(x), labels).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", [sk.SparseLinear(64, 48, density=0.5), sk.SparseConv2d(4, 6, 3)], ids=repr)
+def test_autocast_of_gradients(layer, dtype):
+    layer = copy.deepcopy(layer).cuda()
+    x = randn(4, 64) if isinstance(layer, sk.SparseLinear) else randn(4, 4, 8, 8)
+    with torch.autocast("cuda", dtype=dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert layer.weight.grad.dtype == F32
+    assert layer.weight.grad.isfinite().all()
 
 
 def test_autocast():

@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton_benchmark_cases import *  # noqa: F403
     from triton_dispatch_cases import *  # noqa: F403
     from triton_k_winners_cases import *  # noqa: F403
     from triton_offsets_cases import *  # noqa: F403
@@ -23,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from triton_sparse_linear_cases import *  # noqa: F403
 else:
 
-    @pytest.mark.parametrize("op", ["k_winners", "sparse_linear", "sparse_conv2d", "dispatch", "offsets"])
+    @pytest.mark.parametrize("op", ["k_winners", "sparse_linear", "sparse_conv2d", "dispatch", "offsets", "benchmarks"])
     def test_under_the_interpreter(op):
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__, "-k", op]

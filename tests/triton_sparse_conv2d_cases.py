@@ -69,7 +69,8 @@ def test_sparse_conv2d_of_every_density(active):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_sparse_conv2d_by_the_dense_kernels(dtype):
+def test_sparse_conv2d_by_the_dense_kernels(dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # its transforms err by more than sums of products do
     assert_as_reference((2, 6, 5, 4), 8, (3, 3), [1, 1], [0, 0], dtype=dtype)
     assert_as_reference((2, 6, 5, 4), 8, (2, 3), [2, 1], [1, 0], dtype=dtype, channels_last=True, bias=False)
 
