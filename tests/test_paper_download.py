@@ -62,10 +62,10 @@ def left(folder):
 
 def test_whole_file(server, tmp_path):
     sizes = []
-    download([server.url()], tmp_path / "new" / "file", CHECKSUM, sizes.append)
+    download([server.url()], tmp_path / "new" / "file", CHECKSUM, lambda *done: sizes.append(done))
     assert (tmp_path / "new" / "file").read_bytes() == CONTENT
     assert left(tmp_path / "new") == ["file"]
-    assert sizes[-1] == len(CONTENT)
+    assert sizes[-1] == (len(CONTENT), len(CONTENT))
 
 
 def test_a_broken_off_transfer_goes_on_where_it_stopped(server, tmp_path):

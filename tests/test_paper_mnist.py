@@ -97,7 +97,7 @@ def test_download_gets_what_is_missing(folder, monkeypatch):
     path.unlink()
     asked = []
 
-    def fake(urls, target, checksum):
+    def fake(urls, target, checksum, progress):
         asked.append((urls, checksum))
         target.write_bytes(content)
 

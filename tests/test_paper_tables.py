@@ -117,6 +117,15 @@ def test_table1_from_its_file(tmp_path, capsys):
     assert f"From {tmp_path}/table1.csv" in out
 
 
+def test_rows_are_in_the_order_of_the_paper_whenever_they_were_gathered(tmp_path):
+    configurations = TABLE1.configurations([43, 42])
+    for gathered in (configurations[-3:], configurations):
+        runs.gather(TABLE1.path(tmp_path), gathered, made_up, t.silent)
+    by_run = TABLE1.rows_by_run(tmp_path)
+    assert list(by_run) == [*networks("mnist"), "sparseCNN2-g16"]
+    assert all(list(seeds) == ["42", "43"] for seeds in by_run.values())
+
+
 def test_published_scores_are_those_of_the_networks():
     for data_set in ("mnist", "speech"):
         assert list(published(data_set)) == list(networks(data_set))

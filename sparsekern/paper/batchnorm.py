@@ -137,7 +137,7 @@ def show(folder: Path) -> list[Table]:
         if f"shift {name}" in rows[0]
     ]
     notes = [
-        f"Accuracy in % of the network `batch-norm` after the last epoch ({len(at[levels[0]])} runs), mean ± standard "
+        f"Accuracy in % of the network `batch-norm` after the last epoch ({runs.how_many(len(at[levels[0]]))}), mean ± standard "
         "deviation. Offset: how far the mean of a norm's input is from training's running average, in standard deviations, "
         "averaged over channels.",
         WHY,

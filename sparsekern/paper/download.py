@@ -13,6 +13,7 @@ from pathlib import Path
 TIMEOUT_SECONDS = 30
 CHUNK_BYTES = 1 << 16
 TRIES = 3  # of each mirror, as long as none of them brings anything new
+Progress = Callable[[int, int | None], None]
 
 
 def digest(path: Path, algorithm: str) -> str:
@@ -24,7 +25,7 @@ def digest(path: Path, algorithm: str) -> str:
     return found.hexdigest()
 
 
-def download(urls: Sequence[str], path: Path, checksum: str, progress: Callable[[int], None] = lambda size: None):
+def download(urls: Sequence[str], path: Path, checksum: str, progress: Progress = lambda size, whole: None):
     """Fetches a file from the first mirror that has it whole.
 
     What has arrived stays beside it as ``NAME.part``, which the next attempt goes on from.
@@ -33,7 +34,7 @@ def download(urls: Sequence[str], path: Path, checksum: str, progress: Callable[
         urls: the same file on several mirrors, in the order to try them.
         path: where it goes; its folder is made.
         checksum: its MD5 or SHA-256, in hexadecimal.
-        progress: called with the number of bytes that are there.
+        progress: called with the number of bytes that are there, and of the whole, None where it is not known.
 
     Raises:
         OSError: no mirror had the file, whole and with this checksum; the message says what each answered.
@@ -88,6 +89,6 @@ def _fetch(url: str, part: Path, before: int, progress) -> None:
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
                 size += len(chunk)
-                progress(size)
+                progress(size, whole)
     if whole is not None and size < whole:
         raise OSError(f"broke off after {size} of {whole} bytes")

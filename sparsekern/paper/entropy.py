@@ -6,7 +6,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from sparsekern.paper import plots, results, runs
+from sparsekern.paper import plots, results
 from sparsekern.paper.progress import console
 from sparsekern.paper.scores import COMMANDS
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     out = console()
     path = COMMANDS[arguments.table].path(arguments.out)
-    drawing = draw(runs.rows_by_run(results.read(path).rows))
+    drawing = draw(COMMANDS[arguments.table].rows_by_run(arguments.out))
     for drawn in plots.save(drawing, arguments.out / f"{NAME}-{arguments.table}"):
         out.print(f"drawn in {drawn}, from {path}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsekern.paper import plots, results, runs
+from sparsekern.paper import plots, results
 from sparsekern.paper.mnist import NOISE_LEVELS, Mnist
 from sparsekern.paper.progress import console
 from sparsekern.paper.scores import COMMANDS, draw_noise_curves, noise_curve
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     out = console()
     path = COMMANDS["table1"].path(arguments.out)
-    by_run = runs.rows_by_run(results.read(path).rows)
+    by_run = COMMANDS["table1"].rows_by_run(arguments.out)
     data = Mnist(arguments.data, fetch=arguments.download)
     layout = [[f"{row} {column}" for column in range(len(SHOWN))] + ["curves"] for row in range(IMAGES)]
     drawing, axes = plots.mosaic(layout, width=10.5, height=4.2, width_ratios=[1] * len(SHOWN) + [9])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.paper.download import digest, download
+from sparsekern.paper.progress import bytes_bar, console
 
 # The original files and their MD5.
 FILES = {
@@ -119,7 +120,8 @@ def find_files(folder: Path, *, fetch: bool) -> None:
         )
     for name in missing:
         print(f"downloading {name} to {folder}")
-        download([mirror + name for mirror in MIRRORS], folder / name, FILES[name])
+        with bytes_bar(name, console()) as progress:
+            download([mirror + name for mirror in MIRRORS], folder / name, FILES[name], progress)
     for name, checksum in FILES.items():
         found = digest(folder / name, "md5")
         if found != checksum:

@@ -54,7 +54,7 @@ def gather(path: Path, configurations: list[Configuration], obtain: Callable, re
         table.rows += result.rows
     if added:
         results.write(path, table)
-        report(f"{len(added)} runs added to {path}")
+        report(f"{how_many(len(added))} added to {path}")
     if len(added) < len(missing):
         report(f"{len(missing) - len(added)} of {len(configurations)} runs are not finished")
 
@@ -158,6 +158,10 @@ def noise_unit(samples: int, published: Published | None, levels: int) -> tuple[
     if published is None or published.samples == samples:
         return _count, _count
     return _percent_of(samples * levels), _percent_of(published.samples * levels)
+
+
+def how_many(runs: int) -> str:
+    return f"{runs} run" if runs == 1 else f"{runs} runs"
 
 
 def plus_minus(mean: float, std: float, unit: str = ".2f") -> str:

@@ -64,10 +64,18 @@ class ScoreCommand:
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}.csv"
 
+    def rows_by_run(self, folder: Path) -> dict[str, dict[str, list[dict]]]:
+        """The result file's rows by run and seed, the runs in the order of the paper's table, then its fast layouts."""
+        order = {name: place for place, name in enumerate(networks(self.data_set))}
+        by_run = runs.rows_by_run(results.read(self.path(folder)).rows)
+        return {
+            run: dict(sorted(by_run[run].items())) for run in sorted(by_run, key=lambda r: order.get(r, len(order)))
+        }
+
     def show(self, folder: Path) -> list[Table | Path]:
         """What the runs in the result file have to say."""
         path = self.path(folder)
-        by_run = runs.rows_by_run(results.read(path).rows)
+        by_run = self.rows_by_run(folder)
         table = self._scores(by_run)
         table.notes += [f"From {path}.", *self._order(by_run)]
         return [table, *self._comparisons(by_run)]
@@ -183,8 +191,10 @@ class GaussianCommand(ScoreCommand):
 
     def _curves(self, folder: Path) -> tuple[list[str], dict]:
         levels = [f"{s:.2f}" for s in DATA_SETS[self.data_set].noise_levels]
-        by_run = runs.rows_by_run(results.read(self.path(folder)).rows)
-        return levels, {f"{name} ({len(seeds)} runs)": noise_curve(seeds, levels) for name, seeds in by_run.items()}
+        by_run = self.rows_by_run(folder)
+        return levels, {
+            f"{name} ({runs.how_many(len(seeds))})": noise_curve(seeds, levels) for name, seeds in by_run.items()
+        }
 
 
 def noise_curve(seeds: dict[str, list[dict]], levels: list[str]) -> list[tuple[float, float]]:

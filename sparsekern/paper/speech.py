@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sparsekern.paper import mel
 from sparsekern.paper.checkpoint import write_atomically
-from sparsekern.paper.download import digest, download
+from sparsekern.paper.download import Progress, digest, download
 from sparsekern.paper.mnist import NOISE_LEVELS
+from sparsekern.paper.progress import bytes_bar, console, track
 
 ARCHIVE = "speech_commands_v0.01.tar.gz"
 ARCHIVE_SHA256 = "743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d"
@@ -196,7 +197,7 @@ def read_whole(folder: Path, words: list[str] = DIGITS) -> tuple[dict, str]:
     for split in ("train", "validation", "test"):
         names = sorted(lists[split])
         splits[split] = (
-            torch.stack([read_wav(folder / name) for name in names]),
+            torch.stack([read_wav(folder / name) for name in track(names, f"reading {split} clips", console())]),
             torch.tensor([words.index(name.split("/")[0]) for name in names]),
         )
         for name in names:
@@ -230,17 +231,20 @@ def fetch_whole(folder: Path, urls: list[str] | None = None, checksum: str = ARC
     archive = folder / ARCHIVE
     if not archive.is_file() or digest(archive, "sha256") != checksum:
         print(f"downloading {ARCHIVE} to {folder}")
-        download(urls or [mirror + ARCHIVE for mirror in MIRRORS], archive, checksum)
+        with bytes_bar(ARCHIVE, console()) as progress:
+            download(urls or [mirror + ARCHIVE for mirror in MIRRORS], archive, checksum, progress)
     print(f"unpacking {archive}")
-    unpack(archive, folder)
+    with bytes_bar(ARCHIVE, console()) as progress:
+        unpack(archive, folder, progress)
     write_atomically(marker, f"{checksum}\n".encode())
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack(archive: Path, folder: Path, progress: Progress = lambda size, whole: None) -> None:
     """Unpacks the lists and the ten digits; every file is whole or not there, and the lists come last."""
     lists = {}
-    with tarfile.open(archive) as tar:
+    with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
         for member in tar:
+            progress(file.tell(), archive.stat().st_size)
             name = PurePosixPath(member.name)
             if not member.isfile():
                 continue
