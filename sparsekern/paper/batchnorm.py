@@ -136,10 +136,11 @@ def show(folder: Path) -> list[Table]:
         for name, what in layers.items()
         if f"shift {name}" in rows[0]
     ]
+    seeds = runs.how_many(len(at[levels[0]]))
     notes = [
-        f"Accuracy in % of the network `batch-norm` after the last epoch ({runs.how_many(len(at[levels[0]]))}), mean ± standard "
-        "deviation. Offset: how far the mean of a norm's input is from training's running average, in standard deviations, "
-        "averaged over channels.",
+        f"Accuracy in % of the network `batch-norm` after the last epoch ({seeds}), mean ± standard deviation. Offset: "
+        "how far the mean of a norm's input is from training's running average, in standard deviations, averaged over "
+        "channels.",
         WHY,
         f"From {path(folder)}.",
     ]
