@@ -253,7 +253,8 @@ def convolution_backward(B: int, active: float, grad_active: float, device: str,
             errors.append(error_of(got, wanted, f"convolution, {name}, gradient of {what}"))
     if on_gpu(device):
         functions["TF32", "channels-last"] = partial(with_tf32, functions[DENSE, "channels-last"])
-    return Row(functions, max(errors), savings=1 / grad_active)
+    # Backward passes run on their forwards' stream: no graph of them alone can be captured.
+    return Row(functions, max(errors), savings=1 / grad_active, graphs=False)
 
 
 def _convolution_gradients(x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from sparsekern.ops import _triton, k_winners_triton, sparse_conv2d_triton, sparse_linear_triton
-from triton_compile import ALLOWED_SPILLS, SHARED_MEMORY, compile_launch, float_atomics, launches, resources
+from sparsekern.ops import sparse_conv2d_channels_triton as by_channels
+from triton_compile import ALLOWED_SPILLS, SHARED_MEMORY, compile_launch, distinct, float_atomics, launches, resources
 
 META = torch.device("meta")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -36,17 +37,22 @@ def max_pool_k_winners2d(B, C, size, k, channels_last, dtype=F32):
     k_winners_triton.max_pool_k_winners2d_backward(y, winners, offsets, size, size, channels_last)
 
 
-def sparse_linear(B, I, O, dtype, G=1, density=0.4):
-    """Forward and gradients; blocks are as many as the density asks for, wherever they are."""
+def linear_forward(B, I, O, dtype, G, density):
     groups = -(-O // G)
-    x, grad_y = torch.empty(B, I, dtype=dtype, device=META), torch.empty(B, O, dtype=dtype, device=META)
+    x, bias = torch.empty(B, I, dtype=dtype, device=META), torch.empty(O, dtype=dtype, device=META)
     weight = torch.empty(int(density * I) * groups, G, dtype=dtype, device=META)
     ccol, row = torch.empty(I + 1, dtype=torch.int32, device=META), weight.new_empty(len(weight), dtype=torch.int32)
-    bias = torch.empty(O, dtype=dtype, device=META)
     sparse_linear_triton.sparse_linear(x, weight, bias, ccol, row, O)
     if G == 1:
         support = torch.empty(I, -(-O // 32), 2, dtype=torch.int32, device=META)
         sparse_linear_triton.sparse_linear(x, weight, bias, ccol, row, O, support)
+    return x, weight, ccol, row
+
+
+def sparse_linear(B, I, O, dtype, G=1, density=0.4):
+    """Forward and gradients; blocks are as many as the density asks for, wherever they are."""
+    x, weight, ccol, row = linear_forward(B, I, O, dtype, G, density)
+    grad_y = torch.empty(B, O, dtype=dtype, device=META)
     for at_nonzeros in (False, True):
         sparse_linear_triton.sparse_linear_grad_input(grad_y, x, weight, ccol, row, at_nonzeros)
     sparse_linear_triton.sparse_linear_grad_weight(grad_y, x, ccol, row, G)
@@ -108,16 +114,72 @@ def multiprocessors(monkeypatch):
     monkeypatch.setattr(sparse_conv2d_triton, "strict_float32", lambda x: x.dtype == F32)
 
 
+def selections():
+    """Every length of block, for few rows and for many; loads one by one where rows are long and not aligned."""
+    for n in (*(2**i for i in range(5, 14)), 4095, 8191):
+        for rows in (64, 65536):
+            x, counts = torch.empty(rows, n, device=META), torch.empty(n + 1, dtype=torch.int64, device=META)
+            k_winners_triton.select_rows(x, n // 10, counts.float(), n, 1, counts)
+
+
+def long_selections():
+    """Candidates in registers, of every size, and beyond; one program a row, and several."""
+    for k in (8, 64, 300, 800, 2000, 20000):
+        for rows in (2, 4096):
+            k_winners(rows, 131072 - k % 3, k, F32)
+
+
+def tiles():
+    """Every tile of samples and of a group's lanes."""
+    for dtype in (F32, BF16):
+        for B in (16, 32, 64, 128):
+            for G in (16, 32, 64, 128):
+                linear_forward(B, 1024, 1024, dtype, G, 0.1)
+
+
+def rows_parts():
+    """One sample and several, packed weights and laid out, parts of every length."""
+    for dtype in (F32, BF16):
+        for B in (1, 2, 32):
+            for I in (512, 65536):
+                linear_forward(B, I, 1024, dtype, 1, 0.1)
+
+
+def patches():
+    """Every number of weights of an output channel that a program holds."""
+    for C, kernel in ((16, 1), (16, 3), (16, 5), (32, 5), (64, 5)):
+        for O in (1, 64):
+            x, grad_y = torch.empty(8, C, 64, 64, device=META), torch.empty(8, O, 32, 32, device=META)
+            shape = torch.Size((O, C, kernel, kernel))
+            by_channels.grad_weight(grad_y, x, shape, [2, 2], [kernel // 2] * 2)
+
+
+SWEEPS = (selections, long_selections, tiles, rows_parts, patches)
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=() if c == 90 else pytest.mark.slow) for c in SHARED_MEMORY]
+)
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.__name__)
+def test_every_configuration_compiles(sweep, capability, tmp_path):
+    with launches() as seen:
+        sweep()
+    assert_fits(seen, capability, tmp_path, sweep.__name__)
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("case", CASES)
-def test_compiles(case, capability, tmp_path, record_property):
+def test_compiles(case, capability, tmp_path):
     with launches() as seen:
         CASES[case]()
+    assert_fits(seen, capability, tmp_path, case)
+
+
+def assert_fits(seen, capability, tmp_path, case):
     assert seen
-    for kernel, named, options in seen:
+    for kernel, named, options in distinct(seen):
         compiled = compile_launch(kernel, named, options, capability)
         used = resources(compiled, tmp_path)
-        record_property(kernel.__name__, str(used))
         print(f"sm_{capability} {case}: {kernel.__name__} {used}")
         assert used["spills"] <= ALLOWED_SPILLS, f"{kernel.__name__}: {used}"
         assert used["shared"] <= SHARED_MEMORY[capability], f"{kernel.__name__}: {used}"

@@ -67,8 +67,8 @@ def launches():
         JITFunction.run = original
 
 
-def compile_launch(kernel, named, options, capability):
-    """The compiled kernel of one launch."""
+def specialised(kernel, named) -> tuple[dict, dict, dict]:
+    """The types of a launch's arguments, what is compiled in, and what 16 divides."""
     constants = {p.name for p in kernel.params if p.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -81,6 +81,20 @@ def compile_launch(kernel, named, options, capability):
             constexprs[(i,)] = value
         elif divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constexprs, attributes
+
+
+def distinct(seen) -> list:
+    """The launches of which no two are the same code."""
+    found = {}
+    for kernel, named, options in seen:
+        found.setdefault(str((kernel.__name__, *specialised(kernel, named), options)), (kernel, named, options))
+    return list(found.values())
+
+
+def compile_launch(kernel, named, options, capability):
+    """The compiled kernel of one launch."""
+    signature, constexprs, attributes = specialised(kernel, named)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
 
