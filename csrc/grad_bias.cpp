@@ -1,9 +1,9 @@
 // CPU body of the grad_bias op. Python has checked the arguments (sparsekern/ops/grad_bias.py).
-#include "grad_bias.h"
+#include "grad_bias_calls.h"
 
 #include <algorithm>
 
-#include "tensor.h"
+#include "grad_bias.h"
 
 namespace sparsekern {
 namespace {
@@ -20,6 +20,8 @@ bool is_channels_last(const Tensor& t) {
   const int64_t O = t.size(1), H = t.size(2), W = t.size(3);
   return t.stride(1) == 1 && t.stride(3) == O && t.stride(2) == O * W && t.stride(0) == O * W * H;
 }
+
+} // namespace
 
 // The bounds of parts depend on the shape alone, so that the sums do not depend on the number of threads.
 Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
@@ -56,7 +58,6 @@ Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
   return grad;
 }
 
-} // namespace
 } // namespace sparsekern
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("grad_bias", TORCH_BOX(&sparsekern::grad_bias)); }

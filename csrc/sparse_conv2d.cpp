@@ -1,11 +1,13 @@
 // CPU bodies of the sparse_conv2d ops. Python has checked the arguments (sparsekern/ops/sparse_conv2d.py).
 #include "sparse_conv2d.h"
 
-#include <array>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <limits>
 #include <tuple>
 #include <vector>
 
+#include "grad_bias_calls.h"
 #include "sparse_conv2d_kept.h"
 #include "tensor.h"
 
@@ -13,6 +15,7 @@ namespace sparsekern {
 namespace {
 
 using Ints = std::vector<int64_t>;
+using Gradients = std::tuple<Tensor, Tensor>; // grad_x, grad_weight
 
 const SparseConv2dKernels& kernels() { return SPARSEKERN_SELECT(sparse_conv2d); }
 
@@ -25,9 +28,9 @@ Conv2d sizes(const Tensor& x, int64_t out_channels, int64_t kh, int64_t kw, cons
           padding[0], padding[1], dtype_of("sparse_conv2d", x)};
 }
 
-// The share of non-zeros, from up to 64 evenly spread runs of 256 elements.
+// The share of non-zeros, from up to 4,096 elements in evenly spread runs: to look at more takes as long as small layers.
 double active_fraction(const Tensor& t) {
-  constexpr int64_t kRuns = 64, kRun = 256;
+  constexpr int64_t kRuns = 32, kRun = 128;
   const int64_t n = t.numel(), size = int64_t(t.element_size());
   const char* data = static_cast<const char*>(t.data_ptr());
   const DType dtype = dtype_of("sparse_conv2d", t);
@@ -133,14 +136,15 @@ Tensor with_format(const Tensor& t, bool channels_last) {
   return torch::stable::copy_(out, t);
 }
 
+// PyTorch's own, by their C functions: to look them up by name, and to box lists, takes 4 us more.
 Tensor dense_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                      const Ints& padding) {
-  using torch::stable::detail::from;
-  const Ints ones{1, 1}, zeros{0, 0};
-  std::array<StableIValue, 9> stack{from(x), from(weight), from(bias), from(stride), from(padding),
-                                    from(ones), from(false), from(zeros), from(int64_t(1))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return with_format(torch::stable::detail::to<Tensor>(stack[0]), !x.is_contiguous());
+  constexpr int64_t kOnes[] = {1, 1}, kZeros[] = {0, 0};
+  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(x.get(), weight.get(), bias ? &bias_handle : nullptr,
+                                                           stride.data(), 2, padding.data(), 2, kOnes, 2, 0, kZeros, 2,
+                                                           1, &y));
+  return with_format(Tensor(y), !x.is_contiguous());
 }
 
 // A weight of other strides than the kernels read, copied.
@@ -160,11 +164,9 @@ bool has_idle_tap(int64_t taps, int64_t outputs, int64_t stride, int64_t padding
   return false;
 }
 
-// (grad_x or grad_weight): the one that is wanted.
-Tensor dense_backward(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                      const Ints& stride, const Ints& padding, bool want_input) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
+// The gradients that are wanted; in one call, since oneDNN then lays grad_y out once.
+Gradients dense_backward(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                         const Ints& stride, const Ints& padding, bool want_input, bool want_weight) {
   // PyTorch would sum float16 in float16, except where the processor has dot products, and oneDNN leaves the gradient of
   // an idle tap unwritten in bfloat16.
   if (conv.dtype == DType::f16 ||
@@ -172,19 +174,20 @@ Tensor dense_backward(const Conv2d& conv, const Tensor& grad_y, const Tensor& x,
                                      has_idle_tap(conv.KW, conv.OW, conv.SW, conv.PW, conv.W)))) {
     Conv2d wide_conv = conv;
     wide_conv.dtype = DType::f32;
-    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    return torch::stable::to(
-        dense_backward(wide_conv, wide(grad_y), wide(x), wide(weight), stride, padding, want_input), x.scalar_type());
+    const auto to = [](const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); };
+    const auto [grad_x, grad_weight] =
+        dense_backward(wide_conv, to(grad_y, ScalarType::Float), to(x, ScalarType::Float), to(weight, ScalarType::Float),
+                       stride, padding, want_input, want_weight);
+    return {want_input ? to(grad_x, x.scalar_type()) : grad_x, want_weight ? to(grad_weight, x.scalar_type()) : grad_weight};
   }
-  const Ints ones{1, 1}, zeros{0, 0};
-  const std::array<bool, 3> wanted{want_input, !want_input, false};
-  std::array<StableIValue, 11> stack{
-      from(grad_y), from(x), from(weight), from(std::nullopt), from(stride), from(padding), from(ones), from(false),
-      from(zeros), from(int64_t(1)), from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), unused = to<Tensor>(stack[2]);
-  return want_input ? grad_x : grad_weight;
+  constexpr int64_t kOnes[] = {1, 1}, kZeros[] = {0, 0};
+  const int32_t wanted[] = {want_input, want_weight, 0};
+  AtenTensorHandle grad_x, grad_weight, unused;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+      grad_y.get(), x.get(), weight.get(), nullptr, 0, stride.data(), 2, padding.data(), 2, kOnes, 2, 0, kZeros, 2, 1,
+      wanted, 3, &grad_x, &grad_weight, &unused));
+  const Tensor nothing(unused);
+  return {Tensor(grad_x), Tensor(grad_weight)};
 }
 
 // Python has checked what users pass; this keeps a wrong call of the bare op from reading beyond a tensor.
@@ -212,37 +215,6 @@ Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints s
   return y;
 }
 
-Tensor sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, Ints stride, Ints padding, bool at_nonzeros) {
-  const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
-  const bool channels_last = !x.is_contiguous();
-  const double in_grad = active_fraction(grad_y), in_x = at_nonzeros ? active_fraction(x) : 1.0;
-  const bool by_x = at_nonzeros && in_x * double(conv.C * conv.H * conv.W) < in_grad * double(conv.O * conv.OH * conv.OW);
-  if (by_x ? !sparse_pays(conv, false, in_x) : !sparse_pays(conv, true, in_grad)) {
-    const Tensor grad_x = with_format(dense_backward(conv, grad_y, x, weight, stride, padding, true), channels_last);
-    if (at_nonzeros)
-      torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
-        const int64_t n = conv.C * conv.H * conv.W, size = int64_t(x.element_size());
-        kernels().keep(conv.dtype, static_cast<const char*>(x.data_ptr()) + begin * n * size,
-                       static_cast<char*>(grad_x.data_ptr()) + begin * n * size, (end - begin) * n);
-      });
-    return grad_x;
-  }
-  Tensor grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
-  if (grad_x.numel() == 0) return grad_x;
-  weight = dense_strides(weight);
-  const Packed packed(conv, !by_x, weight);
-  const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
-  if (by_x)
-    torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
-      kernels().grad_input_at_nonzeros(conv, from, images(x), packed.data(), to.data, begin, end - begin);
-    });
-  else
-    parallel_parts(conv.B, kernels().panels(conv, true), [&](Part part) {
-      kernels().grad_input(conv, from, packed.data(), at_nonzeros ? x.data_ptr() : nullptr, to, part);
-    });
-  return grad_x;
-}
-
 // Cycles a sample that the weight's gradient takes over the non-zeros of grad_y or of x (Zen 4): with AVX-512 about 2.4 for
 // 16 sums, 4 for a column of a pass, 24 for finding the non-zeros of 16 elements (1->64 5x5 on 32x32: half of it) and 12 for
 // laying out 16 elements of the dense one.
@@ -255,21 +227,81 @@ double weight_cost(const Conv2d& conv, bool by_grad, double active) {
          4.0 * double(kernels().weight_rows(conv, by_grad) * rows * (columns + conv.KW));
 }
 
-Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints stride, Ints padding) {
-  const Conv2d conv = sizes(x, grad_y.size(1), kernel_size[0], kernel_size[1], stride, padding);
-  const double by_x = weight_cost(conv, false, active_fraction(x));
-  const double by_grad = weight_cost(conv, true, active_fraction(grad_y));
+// How the gradients are taken: over the non-zeros of x or of grad_y, or densely.
+enum class Way { by_x, by_grad, dense };
+
+Way input_way(const Conv2d& conv, double in_x, double in_grad) {
+  const bool by_x = in_x * double(conv.C * conv.H * conv.W) < in_grad * double(conv.O * conv.OH * conv.OW);
+  if (by_x) return sparse_pays(conv, false, in_x) ? Way::by_x : Way::dense;
+  return sparse_pays(conv, true, in_grad) ? Way::by_grad : Way::dense;
+}
+
+Way weight_way(const Conv2d& conv, double in_x, double in_grad) {
+  const double by_x = weight_cost(conv, false, in_x), by_grad = weight_cost(conv, true, in_grad);
   // The dense way takes about 1.3 cycles for 16 products of float32.
   const double dense = 1.3 * dense_product(conv) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
-  const bool is_dense = !sparse_possible(conv) || std::min(by_x, by_grad) > dense;
-  // The dense way looks at the weight's memory format too, though not at its values.
-  const bool channels_last = is_dense && !(conv.C == 1 ? grad_y : x).is_contiguous();
-  Tensor grad_weight = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, channels_last);
-  if (is_dense) return with_format(dense_backward(conv, grad_y, x, grad_weight, stride, padding, false), false);
-  torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad < by_x), 1, [&](int64_t begin, int64_t end) {
-    kernels().grad_weight(conv, by_grad < by_x, images(grad_y), images(x), grad_weight.data_ptr(), begin, end - begin);
+  if (!sparse_possible(conv) || std::min(by_x, by_grad) > dense) return Way::dense;
+  return by_grad < by_x ? Way::by_grad : Way::by_x;
+}
+
+void keep_nonzeros(const Conv2d& conv, const Tensor& x, const Tensor& grad_x) {
+  torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
+    const int64_t n = conv.C * conv.H * conv.W, size = int64_t(x.element_size());
+    kernels().keep(conv.dtype, static_cast<const char*>(x.data_ptr()) + begin * n * size,
+                   static_cast<char*>(grad_x.data_ptr()) + begin * n * size, (end - begin) * n);
   });
-  return grad_weight;
+}
+
+Tensor grad_input(const Conv2d& conv, Way way, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                  bool at_nonzeros) {
+  const bool channels_last = !x.is_contiguous();
+  Tensor grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
+  if (grad_x.numel() == 0) return grad_x;
+  const Packed packed(conv, way == Way::by_grad, weight);
+  const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
+  if (way == Way::by_x)
+    torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
+      kernels().grad_input_at_nonzeros(conv, from, images(x), packed.data(), to.data, begin, end - begin);
+    });
+  else
+    parallel_parts(conv.B, kernels().panels(conv, true), [&](Part part) {
+      kernels().grad_input(conv, from, packed.data(), at_nonzeros ? x.data_ptr() : nullptr, to, part);
+    });
+  return grad_x;
+}
+
+Tensor grad_weight(const Conv2d& conv, Way way, const Tensor& grad_y, const Tensor& x, bool channels_last) {
+  Tensor grad = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, channels_last);
+  const bool by_grad = way == Way::by_grad;
+  torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad), 1, [&](int64_t begin, int64_t end) {
+    kernels().grad_weight(conv, by_grad, images(grad_y), images(x), images(grad), begin, end - begin);
+  });
+  return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Ints stride,
+                                                          Ints padding, bool at_nonzeros, bool want_input,
+                                                          bool want_weight, bool want_bias) {
+  const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
+  weight = dense_strides(weight);
+  const double in_x = active_fraction(x), in_grad = active_fraction(grad_y);
+  const Way for_input = want_input ? input_way(conv, at_nonzeros ? in_x : 1.0, in_grad) : Way::by_x;
+  const Way for_weight = want_weight ? weight_way(conv, in_x, in_grad) : Way::by_x;
+  const bool dense_input = for_input == Way::dense, dense_weight = for_weight == Way::dense;
+  Tensor grad_x = empty(x.scalar_type(), {0}), grad_w = empty(x.scalar_type(), {0});
+  if (dense_input || dense_weight) {
+    // oneDNN goes by x's and the weight's memory format; where one channel leaves both open and no values of the weight are
+    // needed, it had better be that of grad_y.
+    const bool by_grad = conv.C == 1 && !dense_input && !grad_y.is_contiguous();
+    const Tensor like = by_grad ? empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, true) : weight;
+    const auto [of_x, of_w] = dense_backward(conv, grad_y, x, like, stride, padding, dense_input, dense_weight);
+    if (dense_input) grad_x = with_format(of_x, !x.is_contiguous());
+    if (dense_input && at_nonzeros) keep_nonzeros(conv, x, grad_x);
+    if (dense_weight) grad_w = with_format(of_w, !weight.is_contiguous());
+  }
+  if (want_input && !dense_input) grad_x = grad_input(conv, for_input, grad_y, x, weight, at_nonzeros);
+  if (want_weight && !dense_weight) grad_w = grad_weight(conv, for_weight, grad_y, x, !weight.is_contiguous());
+  return {grad_x, grad_w, want_bias ? grad_bias(grad_y) : empty(x.scalar_type(), {0})};
 }
 
 } // namespace
@@ -277,6 +309,5 @@ Tensor sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, Ints kernel_size, Ints
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("sparse_conv2d", TORCH_BOX(&sparsekern::sparse_conv2d));
-  m.impl("sparse_conv2d_grad_input", TORCH_BOX(&sparsekern::sparse_conv2d_grad_input));
-  m.impl("sparse_conv2d_grad_weight", TORCH_BOX(&sparsekern::sparse_conv2d_grad_weight));
+  m.impl("sparse_conv2d_backward", TORCH_BOX(&sparsekern::sparse_conv2d_backward));
 }

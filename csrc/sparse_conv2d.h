@@ -51,10 +51,10 @@ struct SparseConv2dKernels {
   // grad_x, laid out as x, over the non-zeros of x and only there; the weight packed as for the forward.
   void (*grad_input_at_nonzeros)(const Conv2d& conv, Images grad_y, Images x, void* packed, void* grad_x,
                                  int64_t first_sample, int64_t count);
-  // grad_weight (contiguous) over the non-zeros of grad_y or of x: parts first..first+rows of the weight_rows into which
+  // grad_weight (O, C, KH, KW) over the non-zeros of grad_y or of x: parts first..first+rows of the weight_rows into which
   // the work falls.
   int64_t (*weight_rows)(const Conv2d& conv, bool by_grad);
-  void (*grad_weight)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, void* grad_weight, int64_t first,
+  void (*grad_weight)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, Images grad_weight, int64_t first,
                       int64_t rows);
 };
 

@@ -25,24 +25,29 @@ void lay_out(const Plan& plan, const int32_t* place, const T* from /* channels l
 // Kernel rows of all panels: what a call of grad_weight works for.
 int64_t weight_rows(const Conv2d& conv, bool by_grad) { return make_plan(conv, by_grad).panels() * conv.KH; }
 
-// Writes one kernel row of one panel's sums (group, source channel, tap, lanes) to grad_weight (O, C, KH, KW).
+// Writes one kernel row of one panel's sums (group, source channel, tap, lanes) to grad_weight (O, C, KH, KW), or
+// (O, KH, KW, C) in memory.
 template <class T>
-void unpack_row(const Conv2d& conv, const Plan& plan, const acc_t<T>* sums, int64_t panel, int64_t kh, T* grad_weight) {
+void unpack_row(const Conv2d& conv, const Plan& plan, const acc_t<T>* sums, int64_t panel, int64_t kh, Images grad_weight) {
   const int64_t taps = conv.KH * conv.KW, first = panel * plan.lanes;
   const int64_t n = min(plan.lanes, plan.result.channels - first);
-  const int64_t result_step = plan.transposed ? taps : conv.C * taps, source_step = plan.transposed ? conv.C * taps : taps;
+  const int64_t filter_step = conv.C * taps, tap_step = grad_weight.channels_last ? conv.C : 1;
+  const int64_t channel_step = grad_weight.channels_last ? 1 : taps;
+  const int64_t result_step = plan.transposed ? channel_step : filter_step;
+  const int64_t source_step = plan.transposed ? filter_step : channel_step;
+  T* out = static_cast<T*>(grad_weight.data) + first * result_step;
   for (int g = 0; g < plan.group_count; g++) {
     const Group& group = plan.groups[g];
     for (int64_t channel = 0; channel < plan.source.channels; channel++)
       for (int64_t t = 0; t < group.taps; t++, sums += plan.lanes) {
-        T* to = grad_weight + first * result_step + channel * source_step + kh * conv.KW + group.kw + t * group.kw_step;
+        T* to = out + channel * source_step + (kh * conv.KW + group.kw + t * group.kw_step) * tap_step;
         for (int64_t l = 0; l < n; l++) from_acc(sums[l], to[l * result_step]);
       }
   }
 }
 
 // Rows first..first+rows of weight_rows. The lists are of x, or of grad_y if by_grad; the other one is dense.
-void grad_weight(const Conv2d& conv, bool by_grad, Images grad_y, Images x, void* out, int64_t first, int64_t rows) {
+void grad_weight(const Conv2d& conv, bool by_grad, Images grad_y, Images x, Images out, int64_t first, int64_t rows) {
   Plan plan = make_plan(conv, by_grad);
   const Images source = by_grad ? grad_y : x, result = by_grad ? x : grad_y;
   plan.source.channel_stride = View(plan.source.channels, plan.source.rows, plan.source.columns, source.channels_last).channel_stride;
@@ -72,7 +77,7 @@ void grad_weight(const Conv2d& conv, bool by_grad, Images grad_y, Images x, void
       }
     }
     for (int64_t row = first; row < end; row++)
-      unpack_row(conv, plan, sums + (row - first) * size, row / conv.KH, row % conv.KH, static_cast<T*>(out));
+      unpack_row<T>(conv, plan, sums + (row - first) * size, row / conv.KH, row % conv.KH, out);
   });
 }
 

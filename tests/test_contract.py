@@ -182,8 +182,7 @@ def samples():
         "sparse_linear_grad_weight": (grad_y, x, ccol, row, 8),
         "grad_bias": (grad_y,),
         "sparse_conv2d": (image, filters, torch.randn(4), [1, 1], [0, 0]),
-        "sparse_conv2d_grad_input": (grad_image, image, filters, [1, 1], [0, 0], True),
-        "sparse_conv2d_grad_weight": (grad_image, image, [3, 2], [1, 1], [0, 0]),
+        "sparse_conv2d_backward": (grad_image, image, filters, [1, 1], [0, 0], True, True, True, True),
     }
 
 

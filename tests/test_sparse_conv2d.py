@@ -275,5 +275,8 @@ def test_opcheck():
         grad_y = torch.randn(B, 8, 5, 4).to(memory_format=memory_format)
         torch.library.opcheck(ops.sparse_conv2d.default, (x, weight, bias, [2, 2], [1, 1]))
         torch.library.opcheck(ops.sparse_conv2d.default, (x, weight, None, [2, 2], [1, 1]))
-        torch.library.opcheck(ops.sparse_conv2d_grad_input.default, (grad_y, x, weight, [2, 2], [1, 1], True))
-        torch.library.opcheck(ops.sparse_conv2d_grad_weight.default, (grad_y, x, [3, 3], [2, 2], [1, 1]))
+        for wanted, weights in itertools.product(itertools.product((False, True), repeat=3), FORMATS.values()):
+            filters = weight.to(memory_format=weights)
+            torch.library.opcheck(
+                ops.sparse_conv2d_backward.default, (grad_y, x, filters, [2, 2], [1, 1], True, *wanted)
+            )

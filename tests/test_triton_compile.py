@@ -64,8 +64,7 @@ def sparse_conv2d(B, C, O, size, kernel=5, stride=1, padding=0, channels_last=Fa
     weight, where = torch.empty(O, C, kernel, kernel, device=META), ([stride, stride], [padding, padding])
     grad_y = sparse_conv2d_triton.sparse_conv2d(x, weight, torch.empty(O, device=META), *where)
     for at_nonzeros in (False, True):
-        sparse_conv2d_triton.sparse_conv2d_grad_input(grad_y, x, weight, *where, at_nonzeros)
-    sparse_conv2d_triton.sparse_conv2d_grad_weight(grad_y, x, [kernel, kernel], *where)
+        sparse_conv2d_triton.sparse_conv2d_backward(grad_y, x, weight, *where, at_nonzeros, True, True, True)
 
 
 # What runs: the bodies' choices by rows, length, alignment, dtype and batch.

@@ -29,11 +29,16 @@ def assert_as_reference(
     where = stride, padding
     size = reference.sparse_conv2d(x, weight, None, *where).shape
     grad_y = sparse_randn(*size, active=active, dtype=dtype).contiguous(memory_format=memory_format)
+
+    def gradients(ops, c, at_nonzeros):
+        return ops.sparse_conv2d_backward(c(grad_y), c(x), c(weight), *where, at_nonzeros, True, True, True)
+
     functions = {
         "y": lambda ops, c: ops.sparse_conv2d(c(x), c(weight), None if bias is None else c(bias), *where),
-        "grad_x": lambda ops, c: ops.sparse_conv2d_grad_input(c(grad_y), c(x), c(weight), *where, False),
-        "grad_x at non-zeros": lambda ops, c: ops.sparse_conv2d_grad_input(c(grad_y), c(x), c(weight), *where, True),
-        "grad_weight": lambda ops, c: ops.sparse_conv2d_grad_weight(c(grad_y), c(x), list(kernel_size), *where),
+        "grad_x": lambda ops, c: gradients(ops, c, False)[0],
+        "grad_x at non-zeros": lambda ops, c: gradients(ops, c, True)[0],
+        "grad_weight": lambda ops, c: gradients(ops, c, True)[1],
+        "grad_bias": lambda ops, c: gradients(ops, c, True)[2],
     }
     for name, function in functions.items():
         got = function(body, lambda t: t)
@@ -44,7 +49,11 @@ def assert_as_reference(
         what = f"{name}, {shape} -> {O}, {kernel_size} {stride} {padding} {dtype}"
         assert got.dtype == dtype, what
         assert_sums_close(got, exact, magnitude, terms, what)
-        like = {"y": reference.sparse_conv2d(x, weight, bias, *where), "grad_weight": weight}.get(name, x)
+        like = {
+            "y": reference.sparse_conv2d(x, weight, bias, *where),
+            "grad_weight": weight,
+            "grad_bias": weight[:, 0, 0, 0].clone(),
+        }.get(name, x)
         assert got.stride() == like.stride() or got.numel() == 0, what
 
 

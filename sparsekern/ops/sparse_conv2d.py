@@ -8,14 +8,6 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
 from sparsekern.ops._library import Function, define
-from sparsekern.ops.grad_bias import grad_bias as sum_grad_bias
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last where x is that and not plainly contiguous as well, as the dense convolution decides."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _out_size(x, kernel_size, stride, padding):
@@ -24,32 +16,36 @@ def _out_size(x, kernel_size, stride, padding):
 
 def _sparse_conv2d_fake(x, weight, bias, stride, padding):
     shape = (x.shape[0], weight.shape[0], *_out_size(x, weight.shape[2:], stride, padding))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
 
-# x and grad_y are contiguous or channels-last; results have x's memory format (grad_weight: contiguous).
+def _sparse_conv2d_backward_fake(grad_y, x, weight, stride, padding, at_nonzeros, want_input, want_weight, want_bias):
+    like_weight = {"dtype": x.dtype, "device": x.device, "memory_format": reference.memory_format(weight)}
+    return (
+        torch.empty_like(x) if want_input else x.new_empty(0),
+        torch.empty(weight.shape, **like_weight) if want_weight else x.new_empty(0),
+        x.new_empty(len(weight)) if want_bias else x.new_empty(0),
+    )
+
+
+# x and grad_y are contiguous or channels-last; y and grad_x have x's memory format, grad_weight the weight's.
 define(
     "sparse_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding) -> Tensor",
     reference=reference.sparse_conv2d,
     fake=_sparse_conv2d_fake,
 )
+# All gradients at once, for what the dense way shares between them; (0,) in place of one that is not wanted.
 define(
-    "sparse_conv2d_grad_input(Tensor grad_y, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
-    " bool at_nonzeros) -> Tensor",
-    reference=reference.sparse_conv2d_grad_input,
-    fake=lambda grad_y, x, weight, stride, padding, at_nonzeros: torch.empty_like(x),
-)
-define(
-    "sparse_conv2d_grad_weight(Tensor grad_y, Tensor x, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
-    reference=reference.sparse_conv2d_grad_weight,
-    fake=lambda grad_y, x, kernel_size, stride, padding: x.new_empty((grad_y.shape[1], x.shape[1], *kernel_size)),
+    "sparse_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, int[2] stride, int[2] padding, bool at_nonzeros,"
+    " bool want_input, bool want_weight, bool want_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    reference=reference.sparse_conv2d_backward,
+    fake=_sparse_conv2d_backward_fake,
 )
 
 
 # The overloads themselves: a call by the op's name finds them anew each time.
 forward_op = torch.ops.sparsekern.sparse_conv2d.default
-_grad_input = torch.ops.sparsekern.sparse_conv2d_grad_input.default
-_grad_weight = torch.ops.sparsekern.sparse_conv2d_grad_weight.default
+_backward = torch.ops.sparsekern.sparse_conv2d_backward.default
 
 
 class SparseConv2dFunction(Function):
@@ -66,23 +62,41 @@ class SparseConv2dFunction(Function):
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
         # A second derivative goes through the plain bodies.
-        twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
-        grad_y = _dense_strides(grad_y)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            function = reference.sparse_conv2d_grad_input if twice else _grad_input
-            grad_x = function(grad_y, x, weight, ctx.stride, ctx.padding, ctx.sparse_input_grad)
-        if ctx.needs_input_grad[1]:
-            function = reference.sparse_conv2d_grad_weight if twice else _grad_weight
-            grad_weight = function(grad_y, x, weight.shape[2:], ctx.stride, ctx.padding)
-        if ctx.needs_input_grad[2]:
-            grad_bias = sum_grad_bias(grad_y, twice)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        twice = is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
+        body = reference.sparse_conv2d_backward if twice else _backward
+        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_x, grad_weight, grad_bias = body(
+            _dense_strides(grad_y),
+            x,
+            weight,
+            ctx.stride,
+            ctx.padding,
+            ctx.sparse_input_grad,
+            want_x,
+            want_weight,
+            want_bias,
+        )
+        return (
+            grad_x if want_x else None,
+            grad_weight if want_weight else None,
+            grad_bias if want_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _is_dense_image(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _dense_strides(x: Tensor) -> Tensor:
     """x itself where it is contiguous or channels-last, else a contiguous copy."""
-    return _plain_strides(x.contiguous(memory_format=_memory_format(x)))
+    return (
+        x
+        if x.shape[1] > 1 and _is_dense_image(x)
+        else _plain_strides(x.contiguous(memory_format=reference.memory_format(x)))
+    )
 
 
 def _plain_strides(t: Tensor) -> Tensor:
@@ -196,7 +210,7 @@ def is_plain(x, weight, padding) -> bool:
         and channels > 1  # _plain_strides looks at single channels
         and height + 2 * padding[0] >= kernel_height
         and width + 2 * padding[1] >= kernel_width
-        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        and _is_dense_image(x)
         and not is_autocast_enabled("cpu")
     )
 

@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where x is that and not plainly contiguous as well, as the dense convolution decides."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
 
 def sparse_conv2d(
     x: Tensor,  # (B, C, H, W)
@@ -16,29 +25,27 @@ def sparse_conv2d(
     return torch.nn.functional.conv2d(x, weight, bias, stride, padding)
 
 
-def _wide(t: Tensor) -> Tensor:
-    """float16 on CPU as float32: PyTorch would sum a convolution's gradients in float16 there."""
-    return t.float() if t.dtype == torch.float16 and t.device.type == "cpu" else t
-
-
-def sparse_conv2d_grad_input(
+def sparse_conv2d_backward(
     grad_y: Tensor,  # (B, O, OH, OW)
     x: Tensor,  # (B, C, H, W)
     weight: Tensor,  # (O, C, KH, KW)
     stride: list[int],
     padding: list[int],
     at_nonzeros: bool,
-) -> Tensor:
-    grad_x = torch.nn.grad.conv2d_input(x.shape, _wide(weight), _wide(grad_y), stride, padding).to(x.dtype)
-    return torch.where(x != 0, grad_x, torch.zeros((), dtype=x.dtype, device=x.device)) if at_nonzeros else grad_x
-
-
-def sparse_conv2d_grad_weight(
-    grad_y: Tensor,  # (B, O, OH, OW)
-    x: Tensor,  # (B, C, H, W)
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-) -> Tensor:
-    shape = [grad_y.shape[1], x.shape[1], *kernel_size]
-    return torch.nn.grad.conv2d_weight(_wide(x), shape, _wide(grad_y), stride, padding).to(x.dtype)
+    want_input: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (grad_y, x, weight)
+    if x.dtype == torch.float16 and x.device.type == "cpu":  # PyTorch would sum in float16 there
+        tensors = [t.float() for t in tensors]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        *tensors, None, stride, padding, (1, 1), False, (0, 0), 1, (want_input, want_weight, False)
+    )
+    if want_input and at_nonzeros:
+        grad_x = torch.where(x != 0, grad_x, torch.zeros((), dtype=grad_x.dtype, device=x.device))
+    return (
+        grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)) if want_input else x.new_empty(0),
+        grad_weight.to(x.dtype).contiguous(memory_format=memory_format(weight)) if want_weight else x.new_empty(0),
+        sum_grad_bias(grad_y) if want_bias else x.new_empty(0),
+    )

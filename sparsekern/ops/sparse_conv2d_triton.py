@@ -17,6 +17,7 @@ from sparsekern.ops import sparse_conv2d_channels_triton as by_channels
 from sparsekern.ops import sparse_conv2d_pixels_triton as by_pixels
 from sparsekern.ops import sparse_conv2d_reference as reference
 from sparsekern.ops._triton import on_device
+from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
 
 # Of the dense convolution. Not measured: below, at 60 TFLOP/s, cuDNN's one launch takes less than 40 us, and three to five
 # launches of 3 us with lists to write and read in between leave too little to win.
@@ -41,12 +42,6 @@ def way(x: Tensor, weight_shape: torch.Size, out_size: list[int], padding: list[
     return "sparse" if strict_float32(x) and few and out_pixels * weights >= MIN_PRODUCTS else "dense"
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """That of x, which results have, as compiled graphs rely on; cuDNN's are channels-last if any tensor is."""
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def sparse_conv2d(
     x: Tensor,  # (B, C, H, W)
     weight: Tensor,  # (O, C, KH, KW)
@@ -56,40 +51,38 @@ def sparse_conv2d(
 ) -> Tensor:
     size = [(x.shape[2 + d] + 2 * padding[d] - weight.shape[2 + d]) // stride[d] + 1 for d in (0, 1)]
     if x.numel() == 0 or way(x, weight.shape, size, padding) == "dense":
-        return reference.sparse_conv2d(x, weight, bias, stride, padding).contiguous(memory_format=_format(x))
+        return reference.sparse_conv2d(x, weight, bias, stride, padding).contiguous(
+            memory_format=reference.memory_format(x)
+        )
     shape = (x.shape[0], weight.shape[0], *size)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
     with on_device(x):
         return by_pixels.convolve(x, weight.permute(2, 3, 1, 0).contiguous(), bias, stride, padding, y)
 
 
-def sparse_conv2d_grad_input(
+def sparse_conv2d_backward(
     grad_y: Tensor,  # (B, O, OH, OW)
     x: Tensor,  # (B, C, H, W)
     weight: Tensor,  # (O, C, KH, KW)
     stride: list[int],
     padding: list[int],
     at_nonzeros: bool,
-) -> Tensor:
+    want_input: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = (want_input, want_weight, want_bias)
     if x.numel() == 0 or way(x, weight.shape, grad_y.shape[2:], padding) == "dense":
-        grad_x = reference.sparse_conv2d_grad_input(grad_y, x, weight, stride, padding, False)
-        grad_x = grad_x.contiguous(memory_format=_format(x))
-        return grad_x.masked_fill_(x == 0, 0) if at_nonzeros else grad_x
-    taps, grad_x = weight.permute(2, 3, 0, 1).contiguous(), torch.empty_like(x)
-    where = x if at_nonzeros else None
+        return reference.sparse_conv2d_backward(grad_y, x, weight, stride, padding, at_nonzeros, *wanted)
+    grad_x, grad_weight, grad_bias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     with on_device(x):
-        return by_pixels.convolve(grad_y, taps, None, stride, padding, grad_x, transposed=True, where=where)
-
-
-def sparse_conv2d_grad_weight(
-    grad_y: Tensor,  # (B, O, OH, OW)
-    x: Tensor,  # (B, C, H, W)
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-) -> Tensor:
-    shape = torch.Size((grad_y.shape[1], x.shape[1], *kernel_size))
-    if x.numel() == 0 or way(x, shape, grad_y.shape[2:], padding) == "dense":
-        return reference.sparse_conv2d_grad_weight(grad_y, x, kernel_size, stride, padding).contiguous()
-    with on_device(x):
-        return by_channels.grad_weight(grad_y, x, shape, stride, padding)
+        if want_input:
+            taps, grad_x = weight.permute(2, 3, 0, 1).contiguous(), torch.empty_like(x)
+            where = x if at_nonzeros else None
+            by_pixels.convolve(grad_y, taps, None, stride, padding, grad_x, transposed=True, where=where)
+        if want_weight:
+            grad_weight = by_channels.grad_weight(grad_y, x, weight.shape, stride, padding)
+            grad_weight = grad_weight.contiguous(memory_format=reference.memory_format(weight))
+        if want_bias:
+            grad_bias = sum_grad_bias(grad_y)
+    return grad_x, grad_weight, grad_bias

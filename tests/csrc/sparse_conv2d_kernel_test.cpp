@@ -130,9 +130,8 @@ template <class T> void check_case(const Conv2d& conv, double active, double act
   expect(kernels.count(conv.dtype, x_data.data(), x.size()) == non_zeros, "count of dtype %d", int(conv.dtype));
 
   Packed packed(conv, false, weight_data.data(), weight_last), turned(conv, true, weight_data.data(), weight_last);
-  Values y_shape = grad_y, weight_shape = weight;
+  Values y_shape = grad_y;
   y_shape.channels_last = x_last;
-  weight_shape.channels_last = false;
   std::vector<T> y(size_t(grad_y.size())), grad_x(size_t(x.size())), grad_weight(size_t(weight.size()));
   const int64_t panels = kernels.panels(conv, false), half = conv.B / 2;
   for (const Part part : {Part{0, half, 0, panels}, Part{half, conv.B - half, 0, panels / 2},
@@ -153,9 +152,9 @@ template <class T> void check_case(const Conv2d& conv, double active, double act
 
   for (const bool by_grad : {false, true}) {
     const int64_t rows = kernels.weight_rows(conv, by_grad), first = rows / 3;
-    kernels.grad_weight(conv, by_grad, grad_images, x_images, grad_weight.data(), 0, first);
-    kernels.grad_weight(conv, by_grad, grad_images, x_images, grad_weight.data(), first, rows - first);
-    compare(by_grad ? "grad_weight by grad_y" : "grad_weight by x", conv, weight_shape, grad_weight, wanted.grad_weight);
+    kernels.grad_weight(conv, by_grad, grad_images, x_images, {grad_weight.data(), weight_last}, 0, first);
+    kernels.grad_weight(conv, by_grad, grad_images, x_images, {grad_weight.data(), weight_last}, first, rows - first);
+    compare(by_grad ? "grad_weight by grad_y" : "grad_weight by x", conv, weight, grad_weight, wanted.grad_weight);
   }
 }
 
