@@ -271,6 +271,16 @@ def test_command_for_twins(command_line):
         paper.main(["train", "denseCNN2SP3", "--plain", "--dense"])
 
 
+def test_two_commands_do_not_train_in_one_folder(command_line, capsys):
+    pytest.importorskip("fcntl")
+    arguments = ["train", "sparseCNN1", "--epochs", "1", "--out", "o.csv"]
+    with checkpoint.alone_in(Path("o")):
+        assert paper.main(arguments) == 1
+    assert "another process is training in o\n" in capsys.readouterr().err
+    assert not any(Path("o").iterdir())
+    assert paper.main(arguments) == 0
+
+
 def test_command_says_what_is_wrong(command_line, capsys):
     assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o.csv"]) == 0
     assert paper.main(["train", "sparseCNN1", "--epochs", "1", "--out", "o.csv", "--seed", "1"]) == 1

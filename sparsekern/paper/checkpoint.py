@@ -5,9 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MAGIC = (
     b"sparsekern checkpoint 1\n"  # then the SHA-256 of the rest, in hexadecimal, a newline, and what torch.save wrote
@@ -75,6 +82,30 @@ def read(path: Path) -> dict:
     if found != wanted:
         raise DamagedCheckpoint(f"{path}: wants SHA-256 {wanted[:12]}..., got {found[:12]}... of {len(data)} bytes")
     return torch.load(io.BytesIO(data[start:]), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder, which is made, until the block or the process ends.
+
+    Raises:
+        BlockingIOError: another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is training in {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

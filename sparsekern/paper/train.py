@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from sparsekern.paper import distributed, options, results
+from sparsekern.paper import checkpoint, distributed, options, results
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import networks
 from sparsekern.paper.progress import console, progress_bar
@@ -95,17 +96,18 @@ def train(configuration: Configuration, data, path: Path, out: Console, **option
     result = results.read_as(path, configuration.identity(data), report=out.print)
     if result is not None:
         return result
-    run = Run(configuration, data, log_folder(path), report=out.print, **options)
-    try:
-        history = train_with_bar(run, out)
-    except KeyboardInterrupt:
-        out.print(f"interrupted after {run.epoch} epochs and {run.step} steps; the same command resumes")
-        return None
-    epochs_table(history).print(out)
-    noise_table(history).print(out)
-    result = run.write_result(path)
-    out.print(f"result: {path}")
-    return result
+    with checkpoint.alone_in(log_folder(path)) if distributed.rank() == 0 else nullcontext():
+        run = Run(configuration, data, log_folder(path), report=out.print, **options)
+        try:
+            history = train_with_bar(run, out)
+        except KeyboardInterrupt:
+            out.print(f"interrupted after {run.epoch} epochs and {run.step} steps; the same command resumes")
+            return None
+        epochs_table(history).print(out)
+        noise_table(history).print(out)
+        result = run.write_result(path)
+        out.print(f"result: {path}")
+        return result
 
 
 def log_folder(path: Path) -> Path:
