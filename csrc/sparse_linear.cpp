@@ -26,6 +26,8 @@ LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int
           bits && bits->scalar_type() == ScalarType::Long ? (const uint64_t*)bits->const_data_ptr() : nullptr};
 }
 
+bool has_pairs(DType dtype) { return dtype == DType::bf16 && kernels().pairs(); }
+
 // A thread is worth waking for about this many multiply-adds.
 int64_t grain(int64_t items, int64_t products) {
   constexpr int64_t kProducts = 1 << 16;
@@ -74,7 +76,7 @@ double estimate_active(DType dtype, const Tensor& t) {
 Way choose(LinearWork work, const Tensor* rows_factor, const Tensor* panels_factor) {
   if (work.B == 0 || work.blocks == 0) return Way::rows;
   if (rows_factor != nullptr) work.rows_active = estimate_active(work.dtype, *rows_factor);
-  if (work.support.group % 16 != 0 && work.B > 1)
+  if (has_panels(work))
     work.panels_active = panels_factor == rows_factor ? work.rows_active : estimate_active(work.dtype, *panels_factor);
   return fastest_way(work);
 }
@@ -224,12 +226,19 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
   const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
-  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr};
+  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr, has_pairs(dtype)};
   const Way way = choose(work, &x, &x);
   if (way == Way::dense) return dense_linear(work, x, weight, bias);
   Tensor y = empty(x.scalar_type(), {B, out_features});
   if (way == Way::lanes) {
     forward_by_plan(work, plan, x, weight, bias, y);
+    return y;
+  }
+  if (way == Way::pairs) {
+    for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().forward_pairs(w, x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(), begin, end, first, last);
+    });
     return y;
   }
   if (way == Way::panels) {
@@ -257,11 +266,18 @@ Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const T
   const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1), support_bits);
-  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), false};
+  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), false, has_pairs(dtype), at_nonzeros};
   const Way way = choose(work, at_nonzeros ? &x : nullptr, &grad_y);
   if (way == Way::dense)
     return dense_grad_input(work, grad_y, x, weight, at_nonzeros);
   Tensor grad_x = empty(x.scalar_type(), {B, x.size(1)});
+  if (way == Way::pairs) {
+    for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().grad_input_pairs(w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                                 grad_x.mutable_data_ptr(), at_nonzeros, begin, end, first, last);
+    });
+    return grad_x;
+  }
   if (way == Way::panels) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_panels(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
@@ -286,7 +302,7 @@ Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const 
   const int64_t B = x.size(0), I = x.size(1);
   Tensor grad_weight = empty(x.scalar_type(), {rows.size(0), group_size});
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
-  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false};
+  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false, false};
   const Way way = choose(work, &x, &x);
   if (way == Way::dense) {
     dense_grad_weight(work, grad_y, x, grad_weight);

@@ -48,6 +48,12 @@ struct SparseLinearKernels {
                         int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*grad_input_panels)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight,
                             void* grad_x, bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last);
+  // The same of bfloat16 by instructions that multiply pairs, where pairs() says that the processor has them.
+  bool (*pairs)();
+  void (*forward_pairs)(const LinearSupport&, const void* x, const void* weight, const void* bias, void* y, int64_t begin,
+                        int64_t end, int64_t first, int64_t last);
+  void (*grad_input_pairs)(const LinearSupport&, const void* grad_y, const void* x, const void* weight, void* grad_x,
+                           bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last);
   // grad_y (B, O) as tiles [begin, end) of kLinearPanel columns, in the accumulator type; how many there are and their
   // bytes, which depend on B and O alone.
   int64_t (*tiles)(DType, int64_t B, int64_t O, int64_t* bytes);

@@ -46,20 +46,20 @@ SPARSEKERN_INLINE bool has_bits(const LinearSupport& w) { return kHasExpand && w
 
 SPARSEKERN_INLINE int64_t bit_words(const LinearSupport& w) { return (w.outputs + 63) / 64; }
 
-// The stored weights such that sixteen can be read from any of an input's on: the last ones are copied.
+// The stored weights such that `lanes` can be read from any of an input's on: the last ones are copied.
 template <class T> struct PaddedWeights {
   const T* weight;
   const T* copy;
   const int32_t* ccol;
   int64_t tail; // the first input of the copy
 
-  PaddedWeights(const LinearSupport& w, const T* weight_, bool wanted = true)
+  PaddedWeights(const LinearSupport& w, const T* weight_, bool wanted = true, int64_t lanes = kLanes)
       : weight(weight_), copy(nullptr), ccol(w.ccol), tail(w.inputs) {
     if (!wanted) return;
     const int64_t n = w.ccol[w.inputs];
-    while (tail > 0 && w.ccol[tail] + kLanes > n) tail--;
-    T* memory = (T*)scratch(kTail, size_t(n - w.ccol[tail] + kLanes) * sizeof(T));
-    std::memset((void*)memory, 0, size_t(n - w.ccol[tail] + kLanes) * sizeof(T));
+    while (tail > 0 && w.ccol[tail] + lanes > n) tail--;
+    T* memory = (T*)scratch(kTail, size_t(n - w.ccol[tail] + lanes) * sizeof(T));
+    std::memset((void*)memory, 0, size_t(n - w.ccol[tail] + lanes) * sizeof(T));
     if (n > w.ccol[tail]) // no weights may have no memory
       std::memcpy((void*)memory, weight + w.ccol[tail], size_t(n - w.ccol[tail]) * sizeof(T));
     copy = memory;

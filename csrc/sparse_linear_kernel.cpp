@@ -4,6 +4,7 @@
 #include "sparse_linear_dots.h"
 #include "sparse_linear_lanes.h"
 #include "sparse_linear_layout.h"
+#include "sparse_linear_pairs.h"
 #include "sparse_linear_panels.h"
 #include "sparse_linear_plan.h"
 
@@ -139,8 +140,11 @@ void grad_weight(const LinearSupport& w, const T* grad_y, const T* x, T* grad, i
   }
 }
 
+// By whole vectors: which elements are zero cannot be foreseen.
 template <class T> void clear_at_zeros(const T* x, T* grad, int64_t n) {
-  for (int64_t i = 0; i < n; i++) grad[i] = to_acc(x[i]) == 0 ? T{} : grad[i];
+  using A = acc_t<T>;
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_first(grad + i, load_first(x + i, n - i) != 0 ? load_first(grad + i, n - i) : vec<A>{}, n - i);
 }
 
 } // namespace
@@ -201,6 +205,18 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
                 return grad_input_lanes(w, gy, at, weights, to, at_nonzeros, begin, end, first, last);
             }
           });
+        },
+    .pairs = [] { return has_pairs(); },
+    .forward_pairs =
+        [](const LinearSupport& w, const void* x, const void* weight, const void* bias, void* y, int64_t begin, int64_t end,
+           int64_t first, int64_t last) {
+          forward_pairs(w, (const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)y, begin, end, first, last);
+        },
+    .grad_input_pairs =
+        [](const LinearSupport& w, const void* grad_y, const void* x, const void* weight, void* grad_x, bool at_nonzeros,
+           int64_t begin, int64_t end, int64_t first, int64_t last) {
+          grad_input_pairs(w, (const bf16*)grad_y, (const bf16*)x, (const bf16*)weight, (bf16*)grad_x, at_nonzeros, begin, end,
+                           first, last);
         },
     .tiles =
         [](DType dtype, int64_t B, int64_t O, int64_t* bytes) {

@@ -143,6 +143,14 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
                              part ? B : row, side ? output : 0, side ? O : output);
   compare(c, "forward_panels", got, y);
 
+  const bool pairs = c.dtype == DType::bf16 && kernels.pairs() && (c.bits || G % 16 == 0 || c.density == 1);
+  got = Array(c.dtype, size_t(B * O));
+  for (int part = 0; part < 2 && B > 0 && pairs; part++)
+    for (int side = 0; side < 2; side++)
+      kernels.forward_pairs(w, x.data(), weight.data(), bias.data(), got.data(), part ? row : 0, part ? B : row,
+                            side ? output : 0, side ? O : output);
+  if (pairs) compare(c, "forward_pairs", got, y);
+
   for (const bool only : {false, true}) {
     const std::vector<double>& wanted = only ? at_nonzeros : grad_x;
     got = Array(c.dtype, size_t(B * I));
@@ -154,6 +162,11 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
       kernels.grad_input_panels(c.dtype, w, grad_y.data(), x.data(), weight.data(), got.data(), only, 0, B,
                                 side ? input : 0, side ? I : input);
     compare(c, "grad_input_panels", got, wanted);
+    got = Array(c.dtype, size_t(B * I));
+    for (int side = 0; side < 2 && B > 0 && pairs; side++)
+      kernels.grad_input_pairs(w, grad_y.data(), x.data(), weight.data(), got.data(), only, 0, B, side ? input : 0,
+                               side ? I : input);
+    if (pairs) compare(c, "grad_input_pairs", got, wanted);
   }
 
   got = Array(c.dtype, blocks * size_t(G));

@@ -1,0 +1,250 @@
+// bfloat16 times a dense matrix laid out tile by tile as pairs of neighbouring rows, for instructions that multiply and add
+// pairs (AVX512-BF16): as fast as PyTorch's dense product once the weights are laid out, and these stay in the first-level
+// cache.
+#pragma once
+#include "sparse_linear_panels.h"
+#include "transpose.h"
+
+namespace sparsekern {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+// The instructions of newer processors, asked for at run time.
+#define SPARSEKERN_PAIRS __attribute__((target("avx512bf16,avx512vbmi2")))
+#define SPARSEKERN_PAIRS_INLINE inline __attribute__((always_inline, target("avx512bf16,avx512vbmi2")))
+inline bool has_pairs() {
+  static const bool has = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  return has;
+}
+
+constexpr int64_t kPairs = 64;         // of a tile: with kPanel columns 16 KB
+constexpr int64_t kPairRows = 6;       // whose sums, 24 registers, stay in registers
+constexpr int64_t kDepth = 2 * kPairs; // rows of the dense matrix in a tile
+
+// The weights of an input at 64 outputs, zeros where none exists: by a bitmap, of blocks of whole sixteens, or where all
+// exist. Words of an input are asked for in ascending order.
+class WeightWords {
+ public:
+  // Slots for `slots` inputs at a time.
+  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots)
+      : w_(w), weights_(w, weight, has_bits(w), 32), base_(weight), groups_((w.outputs + w.group - 1) / w.group),
+        full_(w.ccol[w.inputs] == w.inputs * groups_), next_((int64_t*)scratch(kSamples, size_t(slots) * 8)) {}
+  // Slot s is input i from a word on.
+  void start(int64_t s, int64_t i, int64_t word) {
+    next_[s] = full_ ? 0 : has_bits(w_) ? weights_before(w_, i, word) : first_block(w_, i, word * 64 / w_.group);
+  }
+  // Lanes 0 to 31 and 32 to 63 of input i, which slot s is.
+  SPARSEKERN_PAIRS_INLINE void get(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
+    if (full_) get_all(i, word, low, high);
+    else if (has_bits(w_)) get_by_bits(s, i, word, low, high);
+    else get_blocks(s, i, word, low, high);
+  }
+
+ private:
+  const LinearSupport& w_;
+  const PaddedWeights<bf16> weights_;
+  const bf16* base_;
+  int64_t groups_;
+  bool full_; // stored it is the dense matrix
+  int64_t* next_; // each slot's next weight after the input's first, or its next block
+
+  SPARSEKERN_PAIRS_INLINE void get_all(int64_t i, int64_t word, __m512i& low, __m512i& high) const {
+    const int64_t left = w_.outputs - word * 64;
+    const __mmask64 mask = left >= 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+    const bf16* at = base_ + i * groups_ * w_.group + word * 64;
+    __builtin_prefetch(at + 64), __builtin_prefetch(at + 96);
+    low = _mm512_maskz_loadu_epi16(__mmask32(mask), at);
+    high = _mm512_maskz_loadu_epi16(__mmask32(mask >> 32), at + 32);
+  }
+
+  SPARSEKERN_PAIRS_INLINE void get_by_bits(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
+    const uint64_t mask = w_.bits[i * bit_words(w_) + word];
+    const bf16* at = weights_.of_input(i) + next_[s];
+    __builtin_prefetch(at + 64), __builtin_prefetch(&w_.bits[i * bit_words(w_) + word + 8]);
+    low = _mm512_maskz_expand_epi16(__mmask32(mask), _mm512_loadu_si512(at));
+    high = _mm512_maskz_expand_epi16(__mmask32(mask >> 32), _mm512_loadu_si512(at + __builtin_popcountll(mask << 32)));
+    next_[s] += __builtin_popcountll(mask);
+  }
+
+  // Without branches, which could not be foreseen: the next block is either here or not.
+  SPARSEKERN_PAIRS_INLINE void get_blocks(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
+    const int64_t G = w_.group, stop = w_.ccol[i + 1];
+    int64_t b = next_[s], group = word * 64 / G, within = word * 64 % G;
+    __m256i part[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      const int64_t at = b < stop ? b : 0;
+      const bool here = b < stop && w_.rows[at] == group;
+      part[v] = _mm256_maskz_loadu_epi16(here ? 0xffff : 0, base_ + at * G + within);
+      within += kLanes;
+      const bool ends = within == G;
+      b += here && ends, group += ends, within = ends ? 0 : within;
+    }
+    next_[s] = b;
+    __builtin_prefetch(base_ + b * G), __builtin_prefetch(base_ + b * G + 32);
+    low = _mm512_inserti64x4(_mm512_castsi256_si512(part[0]), part[1], 1);
+    high = _mm512_inserti64x4(_mm512_castsi256_si512(part[2]), part[3], 1);
+  }
+};
+
+// Where lane k of the sums of 32 outputs belongs: pairs come out of the 128-bit parts of two registers.
+inline __m512i lanes_of_low() { return _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23); }
+inline __m512i lanes_of_high() {
+  return _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+}
+
+// Pairs of inputs times outputs: tile (kPairs, kPanel) of two elements, whose columns are ordered as lanes_of_low() says.
+struct InputPairs {
+  WeightWords words;
+  int64_t inputs, first_word, input = 0, count = 0;
+
+  InputPairs(const LinearSupport& w, const bf16* weight, int64_t first)
+      : words(w, weight, kDepth), inputs(w.inputs), first_word(first / 64) {}
+  void begin(int64_t i, int64_t rows) {
+    input = i, count = rows;
+    for (int64_t r = 0; r < rows; r++) words.start(r, i + r, first_word);
+  }
+  SPARSEKERN_PAIRS void fill(int64_t c, uint32_t* tile) {
+    for (int64_t r = 0; r < count; r += 2, tile += kPanel) {
+      __m512i a0, a1, b0 = _mm512_setzero_si512(), b1 = b0;
+      words.get(r, input + r, first_word + c, a0, a1);
+      if (r + 1 < count) words.get(r + 1, input + r + 1, first_word + c, b0, b1);
+      _mm512_store_si512(tile, _mm512_unpacklo_epi16(a0, b0));
+      _mm512_store_si512(tile + 16, _mm512_unpackhi_epi16(a0, b0));
+      _mm512_store_si512(tile + 32, _mm512_unpacklo_epi16(a1, b1));
+      _mm512_store_si512(tile + 48, _mm512_unpackhi_epi16(a1, b1));
+    }
+  }
+};
+
+// Pairs of outputs times inputs [first, last): tile (kPairs, kPanel) of two elements.
+struct OutputPairs {
+  WeightWords words;
+  int64_t first, columns, word = 0, count = 0;
+
+  OutputPairs(const LinearSupport& w, const bf16* weight, int64_t first_, int64_t last)
+      : words(w, weight, last - first_), first(first_), columns(last - first_) {
+    for (int64_t k = 0; k < columns; k++) words.start(k, first + k, 0);
+  }
+  void begin(int64_t o, int64_t rows) { word = o / 64, count = rows; }
+  SPARSEKERN_PAIRS void fill(int64_t c, uint32_t* tile) {
+    for (int64_t k = 0; k < count; k += 64)
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        vec<float> low[kLanes], high[kLanes];
+        for (int64_t i = 0; i < kLanes; i++) {
+          const int64_t at = c * kPanel + v + i;
+          __m512i a = _mm512_setzero_si512(), b = a;
+          if (at < columns) words.get(at, first + at, word + k / 64, a, b);
+          low[i] = (vec<float>)a, high[i] = (vec<float>)b;
+        }
+        transpose(low), transpose(high);
+        for (int64_t p = 0; p < kLanes; p++) {
+          store((float*)tile + (k / 2 + p) * kPanel + v, low[p]);
+          store((float*)tile + (k / 2 + 16 + p) * kPanel + v, high[p]);
+        }
+      }
+  }
+};
+
+// sums (kRows, kPanel) += x (kRows, kPairs) times a tile's first `pairs` pairs.
+template <int kRows>
+SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t pairs, float* sums) {
+  __m512 sum[kRows][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) sum[r][v] = _mm512_load_ps(sums + r * kPanel + v * kLanes);
+  for (int64_t p = 0; p < pairs; p++, tile += kPanel) {
+    __m512i w[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) w[v] = _mm512_load_si512(tile + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(x[r * kPairs + p]));
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, (__m512bh)w[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) _mm512_store_ps(sums + r * kPanel + v * kLanes, sum[r][v]);
+}
+
+inline void add_pairs(int64_t rows, const uint32_t* x, const uint32_t* tile, int64_t pairs, float* sums) {
+  switch (rows) {
+    case 1: return add_pairs<1>(x, tile, pairs, sums);
+    case 2: return add_pairs<2>(x, tile, pairs, sums);
+    case 3: return add_pairs<3>(x, tile, pairs, sums);
+    case 4: return add_pairs<4>(x, tile, pairs, sums);
+    case 5: return add_pairs<5>(x, tile, pairs, sums);
+    default: return add_pairs<6>(x, tile, pairs, sums);
+  }
+}
+
+// The sums (panels, rows, kPanel) = x (rows, K; stride K) times the matrix (K, columns) of which `tiles` lays out kDepth rows
+// at a time.
+template <class Tiles>
+const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t columns, Tiles& tiles) {
+  const size_t size = size_t(rows * round_up(columns, kPanel)) * sizeof(float);
+  float* sums = (float*)scratch(kSums, size);
+  std::memset((void*)sums, 0, size);
+  uint32_t* tile = (uint32_t*)scratch(kTiles, size_t(kPairs * kPanel) * 4);
+  uint32_t* part = (uint32_t*)scratch(kLists, size_t(rows * kPairs) * 4); // of x, with whole pairs
+  for (int64_t first = 0; first < K; first += kDepth) {
+    const int64_t count = min(kDepth, K - first), pairs = (count + 1) / 2;
+    for (int64_t s = 0; s < rows; s++) {
+      part[s * kPairs + pairs - 1] = 0;
+      std::memcpy((void*)(part + s * kPairs), x + s * K + first, size_t(count) * sizeof(bf16));
+    }
+    tiles.begin(first, count);
+    for (int64_t c = 0; c * kPanel < columns; c++) {
+      tiles.fill(c, tile);
+      float* sum = sums + c * rows * kPanel;
+      for (int64_t s = 0; s < rows; s += kPairRows)
+        add_pairs(min(kPairRows, rows - s), part + s * kPairs, tile, pairs, sum + s * kPanel);
+    }
+  }
+  return sums;
+}
+
+// Outputs [first, last) of x W^T + bias for rows [begin, end).
+inline void forward_pairs(const LinearSupport& w, const bf16* x, const bf16* weight, const bf16* bias, bf16* y, int64_t begin,
+                          int64_t end, int64_t first, int64_t last) {
+  const int64_t rows = end - begin, columns = last - first;
+  InputPairs tiles(w, weight, first);
+  const float* sums = multiply_pairs(x + begin * w.inputs, w.inputs, rows, columns, tiles);
+  for (int64_t s = 0; s < rows; s++)
+    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+      const float* at = sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel;
+      const __m512 a = _mm512_load_ps(at), b = _mm512_load_ps(at + kLanes);
+      const vec<float> sum[2] = {(vec<float>)_mm512_permutex2var_ps(a, lanes_of_low(), b),
+                                 (vec<float>)_mm512_permutex2var_ps(a, lanes_of_high(), b)};
+      for (int64_t v = 0, o = first + c; v < 2 && o < last; v++, o += kLanes)
+        store_first(y + (begin + s) * w.outputs + o, bias ? sum[v] + load_first(bias + o, last - o) : sum[v], last - o);
+    }
+}
+
+// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros.
+inline void grad_input_pairs(const LinearSupport& w, const bf16* grad_y, const bf16* x, const bf16* weight, bf16* grad_x,
+                             bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const int64_t rows = end - begin, columns = last - first;
+  OutputPairs tiles(w, weight, first, last);
+  const float* sums = multiply_pairs(grad_y + begin * w.outputs, w.outputs, rows, columns, tiles);
+  const bf16* where = x + begin * w.inputs + first;
+  store_sums(grad_x + begin * w.inputs + first, w.inputs, rows, columns, [&](int64_t s, int64_t c) {
+    const vec<float> sum = load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
+    if (!at_nonzeros) return sum;
+    return load_first(where + s * w.inputs + c, columns - c) != 0 ? sum : vec<float>{};
+  });
+}
+#else
+inline bool has_pairs() { return false; }
+inline void forward_pairs(const LinearSupport&, const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t,
+                          int64_t) {}
+inline void grad_input_pairs(const LinearSupport&, const bf16*, const bf16*, const bf16*, bf16*, bool, int64_t, int64_t,
+                             int64_t, int64_t) {}
+#endif
+
+} // namespace
+} // namespace sparsekern
