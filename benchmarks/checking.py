@@ -154,8 +154,10 @@ class DenseReference:
         passes = 1 + (call.grad_x is not None) + (call.grad_weight is not None)
         checked.dense_products = passes * call.y.numel() * self.terms
         checked.products = round(float(each.sum()))
-        if passes > 1:
-            checked.products += (passes - 1) * round(float((each * (call.grad_y != 0)).sum()))
+        if call.grad_x is not None:  # everywhere, or at the non-zeros
+            checked.products += round(float((terms[1] * (call.x != 0) if self.at_nonzeros else terms[1]).sum()))
+        if call.grad_weight is not None:
+            checked.products += round(float((terms[2] if self.exists is None else terms[2] * self.exists).sum()))
         weights = (self.weight.numel() if self.exists is None else int(self.exists.sum())) * call.x.element_size()
         active = float((call.x != 0).flatten(0, -2).any(0).double().mean()) if self.is_linear else 1.0
         gradients = _bytes(call.grad_y, call.grad_x, call.grad_weight)

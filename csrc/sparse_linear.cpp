@@ -219,12 +219,14 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   std::optional<Tensor> bias;
   if (bias_) STD_TORCH_CHECK(bias_->scalar_type() == x_.scalar_type(), "sparse_linear: wants bias in the dtype of x");
   if (bias_) bias = unstrided(*bias_);
-  STD_TORCH_CHECK(x.size(1) == ccol.size(0) - 1 && weight.size(0) == rows.size(0) && weight.size(1) > 0 &&
+  // Groups may come with the support of their single outputs, whose weights are stored in the same order.
+  const int64_t group = weight.size(0) == rows.size(0) ? weight.size(1) : 1;
+  STD_TORCH_CHECK(x.size(1) == ccol.size(0) - 1 && weight.numel() == rows.size(0) * group && group > 0 &&
                       (!bias || (bias->dim() == 1 && bias->size(0) == out_features)),
                   "sparse_linear: wants x (B, I), weight (blocks, group_size), bias (O,), ccol_indices (I + 1,) and "
                   "row_indices (blocks,)");
   const int64_t B = x.size(0);
-  const LinearSupport w = support(ccol, rows, out_features, weight.size(1), support_bits);
+  const LinearSupport w = support(ccol, rows, out_features, group, support_bits);
   const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
   const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr, has_pairs(dtype)};
   const Way way = choose(work, &x, &x);

@@ -388,3 +388,21 @@ def test_the_plan_of_a_support():
     wanted = [(i, o) for i in range(I) for o in rows[ccol[i] : ccol[i + 1]].tolist()]
     assert [wanted[k] for k in source] == places
     assert sorted(source) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48)])
+def test_a_layer_of_small_groups(shape):
+    """Its kernels take its weights as those of single outputs: results, gradients of both and second derivatives."""
+    layer = sk.SparseLinear(48, 24, density=0.4, group_size=4, dtype=torch.float64)
+    dense = layer.to_dense()
+    x, grad_y = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], 24, dtype=torch.float64)
+    results = []
+    for module in (layer, dense):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        first = torch.autograd.grad(y, (leaf, module.weight, module.bias), grad_y, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), module.weight)[0]
+        weights = [first[1], second] if module is dense else [layer.densify(t) for t in (first[1], second)]
+        results.append([y, first[0], first[2], *(t * layer.mask for t in weights)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)

@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch.compiler import is_compiling
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
 from sparsekern.ops import _check
@@ -84,7 +86,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_indices", torch.empty(blocks, dtype=torch.int32, device=device))
         for name in ("support_bits", "support_plan", "unit_ccol_indices", "unit_row_indices"):  # see _pack_support
             self.register_buffer(name, None, persistent=False)
-        self._packed: tuple | None = None  # the state of row_indices that support_bits were made from
+        self._packed: tuple = (None, None)  # which row_indices, and their version, support_bits were made from
 
     def reset_parameters(self) -> None:
         """Draws support, weights and bias anew (a support that was given is kept)."""
@@ -113,7 +115,8 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def _pack_support(self) -> None:
         ccol, rows, group_size = self.ccol_indices, self.row_indices, self.group_size
-        self._packed = self._support_state(rows)
+        # Tensors made in inference mode have no version.
+        self._packed = (id(rows), None if rows.is_inference() else rows._version)
         if rows.is_meta:
             return
         # Groups too small for a register are as stored a layer without groups, whose kernels are 1.5 to 3 times as fast.
@@ -125,20 +128,6 @@ class SparseLinear(nn.Module):
         keep = as_units and self.support_bits is not None
         self.unit_ccol_indices, self.unit_row_indices = (ccol, rows) if keep else (None, None)
 
-    @staticmethod
-    def _support_state(rows: Tensor) -> tuple[int, int | None]:
-        """Another one whenever someone replaces the support or writes to it."""
-        return id(rows), None if rows.is_inference() else rows._version
-
-    def _support_bits(self) -> Tensor | None:
-        """What :func:`pack_support` makes of the support as it is now."""
-        rows = self._buffers["row_indices"]
-        if not torch.compiler.is_compiling() and self._packed != self._support_state(rows):
-            if torch._C._are_functorch_transforms_active():
-                return None  # rows is one of many supports
-            self._pack_support()
-        return self._buffers["support_bits"]
-
     def forward(self, x: Tensor) -> Tensor:
         # What is looked up, called and checked here takes as long as the sums of a small layer. Module.__getattr__ is the
         # slowest of all; a parametrized weight is no parameter.
@@ -146,10 +135,18 @@ class SparseLinear(nn.Module):
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (it would look up both)
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
-        bits = self._support_bits() if self.group_size < 16 else None
-        if bits is not None and self.group_size > 1:
-            weight, ccol, rows = weight.reshape(-1, 1), buffers["unit_ccol_indices"], buffers["unit_row_indices"]
-        plan = buffers["support_plan"] if bits is not None else None
+        bits = plan = None
+        if self.group_size < 16:
+            packed = is_compiling() or (
+                self._packed[0] == id(rows) and (self._packed[1] is None or self._packed[1] == rows._version)
+            )
+            if not packed and not are_transforms_active():  # under which rows may be one of many supports
+                self._pack_support()
+                packed = True
+            if packed:
+                bits, plan = buffers["support_bits"], buffers["support_plan"]
+                if bits is not None and self.group_size > 1:
+                    ccol, rows = buffers["unit_ccol_indices"], buffers["unit_row_indices"]
         plain = (
             isinstance(x, Tensor)
             and x.is_cpu
@@ -161,6 +158,8 @@ class SparseLinear(nn.Module):
         )
         if plain and not is_grad_enabled():
             return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
+        if not plain and rows is not buffers["row_indices"]:
+            weight = weight.reshape(-1, 1)
         function = sparse_linear_rows if plain else sparse_linear_prepared
         return function(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan)
 

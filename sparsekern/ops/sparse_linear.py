@@ -61,6 +61,9 @@ class SparseLinearFunction(Function):
         # A second derivative goes through the plain bodies.
         twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
         grad_y = grad_y.contiguous()
+        shape = weight.shape
+        if row_indices.shape[0] != shape[0]:  # of single outputs
+            weight = weight.reshape(-1, 1)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             function = reference.sparse_linear_grad_input if twice else _grad_input
@@ -68,6 +71,8 @@ class SparseLinearFunction(Function):
         if ctx.needs_input_grad[1]:
             function = reference.sparse_linear_grad_weight if twice else _grad_weight
             grad_weight = function(grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits)
+            if weight.shape != shape:
+                grad_weight = grad_weight.view(shape)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_grad_bias(grad_y, twice)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
@@ -133,7 +138,10 @@ def plan_support(
 
 
 def split_groups(ccol_indices: Tensor, row_indices: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """The support of the same weights, in the same order, as single outputs: for ``weight.view(-1, 1)``."""
+    """The support of the same weights, in the same order, as single outputs.
+
+    The CPU's op takes the weight with it as it is stored, in groups: a view costs as much as the sums of a small layer.
+    """
     lanes = torch.arange(group_size, dtype=row_indices.dtype, device=row_indices.device)
     return ccol_indices * group_size, (row_indices[:, None] * group_size + lanes).flatten()
 
