@@ -155,18 +155,22 @@ void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_
     if (surplus > 0) drop_ties(keys, a.rows, t, surplus, ties);
     // Without branches on single units, which would be mispredicted.
     int32_t* offsets = a.offsets + row * k;
-    int64_t count = 0;
+    int64_t count = 0, channel = 0; // the channel of unit j, where lanes are counted
     for (int64_t j = 0; j < padded; j += kLanes) {
       const uint32_t bits = mask_ge(keys + j, t);
       store_bits(winners + j / 8, bits);
       count += compress(taken + j, bits, places + count);
-      if constexpr (std::is_same_v<T, A>) keep(most + j, bits, most + j);
-      if (lanes != nullptr) add_bits(lanes + j % a.C, bits);
+      if constexpr (std::is_same_v<T, A>) {
+        if (j + kLanes <= n) keep(most + j, bits, y + j);
+        else keep_first(most + j, bits, y + j, n - j);
+      }
+      if (lanes != nullptr) {
+        add_bits(lanes + channel, bits);
+        channel = channel + kLanes == a.C ? 0 : channel + kLanes;
+      }
     }
     std::memcpy(offsets, places, size_t(k) * sizeof(int32_t));
-    if constexpr (std::is_same_v<T, A>) {
-      std::memcpy(y, most, size_t(n) * sizeof(T));
-    } else {
+    if constexpr (!std::is_same_v<T, A>) {
       const T* x = static_cast<const T*>(a.rows.x) + row * a.C * a.H * a.W;
       std::memset(y, 0, size_t(n) * sizeof(T));
       for (int64_t j = 0; j < n; j += kLanes)
