@@ -242,15 +242,16 @@ class KWinners(_KWinnersBase):
         return f"{self.n}, {super().extra_repr()}"
 
 
-def _norm_fuses(norm: nn.Module, x: Tensor, channels: int, needs_grad: bool) -> bool:
-    """Whether a module before pooling is batch norm and nothing else, which keeps the order of a channel's units."""
+def _norm_fuses(norm: nn.Module, channels: int, count: int, needs_grad: bool) -> bool:
+    """Whether a module before pooling is batch norm and nothing else, which keeps the order of a channel's units.
+
+    count: the values that a channel has in the batch.
+    """
     if type(norm) is not nn.BatchNorm2d or norm.affine or _hooked(norm):
         return False
     if norm.num_features != channels or torch._C._are_functorch_transforms_active():
         return False
-    if norm.training or norm.running_mean is None:
-        return x.shape[0] * x.shape[2] * x.shape[3] > 1
-    return not needs_grad
+    return count > 1 if norm.training or norm._buffers["running_mean"] is None else not needs_grad
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -264,7 +265,7 @@ def _conv_fuses(conv: nn.Module, x: Tensor) -> bool:
     if type(conv) is nn.Conv2d:
         plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     else:
-        plain = type(conv) is SparseConv2d and conv.mask is None
+        plain = type(conv) is SparseConv2d and conv._buffers["mask"] is None
     return (
         plain
         and conv.stride == (1, 1)
@@ -274,8 +275,17 @@ def _conv_fuses(conv: nn.Module, x: Tensor) -> bool:
         and x.dim() == 4
         and x.shape[2] > conv.kernel_size[0]
         and x.shape[3] > conv.kernel_size[1]
-        and conv_k_winners.serves(x, conv.weight)
+        and conv_k_winners.serves(x, _weight(conv))
     )
+
+
+def _weight(conv: nn.Module) -> Tensor:
+    """conv.weight, by its dictionary where it is there: an attribute of a module takes ten times as long."""
+    return conv._parameters["weight"] if "weight" in conv._parameters else conv.weight  # noqa: SIM401 (it would look up both)
+
+
+def _bias(conv: nn.Module) -> Tensor | None:
+    return conv._parameters["bias"] if "bias" in conv._parameters else conv.bias  # noqa: SIM401
 
 
 def _dense_format(x: Tensor) -> Tensor:
@@ -285,9 +295,12 @@ def _dense_format(x: Tensor) -> Tensor:
 
 def _norm_by_running(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """What batch norm takes from its input and multiplies by, by channel; None where those are the input's own."""
-    if norm.training or norm.running_mean is None:
+    mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
+    if norm.training or mean is None:
         return None
-    return norm.running_mean.to(dtype), torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if mean.dtype is not dtype:
+        mean, variance = mean.to(dtype), variance.to(dtype)
+    return mean, torch.rsqrt(variance + norm.eps)
 
 
 @torch.no_grad()
@@ -299,6 +312,27 @@ def _norm_by_moments(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, n: in
             step = new.to(running.dtype) - running
             running.add_(step / norm.num_batches_tracked if norm.momentum is None else step * norm.momentum)
     return mean, torch.rsqrt(variance + norm.eps)
+
+
+def _map_size(x: Tensor, conv: nn.Module | None) -> tuple[int, int, int]:
+    """Channels, rows and columns of the map that is pooled, conv's if there is one; no channels where x is not one."""
+    if conv is None:
+        return tuple(x.shape[1:]) if x.dim() == 4 else (0, 0, 0)
+    (KH, KW), (_, _, H, W) = conv.kernel_size, x.shape
+    return conv.out_channels, H - KH + 1, W - KW + 1
+
+
+def _choose_convolved(x: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None, choice: tuple) -> tuple[Tensor, Tensor]:
+    """The winners and the counts of a one-channel image, all in one op."""
+    weight, bias = _weight(conv), _bias(conv)
+    if norm is None:
+        return conv_k_winners.conv_max_pool_k_winners2d_counted(x, weight, bias, *choice)
+    moments, by = None, _norm_by_running(norm, torch.float32)
+    if by is None:
+        moments = conv_k_winners.patch_moments(x.contiguous(), weight.shape[2:])
+        _, rows, columns = _map_size(x, conv)
+        by = _norm_by_moments(norm, *conv_k_winners.conv_moments(moments, weight, bias), x.shape[0] * rows * columns)
+    return conv_k_winners.conv_norm_max_pool_k_winners2d_counted(x, weight, bias, *by, moments, *choice)
 
 
 class KWinners2d(_KWinnersBase):
@@ -368,76 +402,60 @@ class KWinners2d(_KWinnersBase):
 
     def forward(self, x: Tensor) -> Tensor:
         _check.is_float_tensor("KWinners2d", "x", x)
-        conv_fused = self.conv is not None and self.max_pool == 2 and not self.local and _conv_fuses(self.conv, x)
-        if self.conv is not None and not conv_fused:
-            x = self.conv(x)
-        channels, rows, columns = self._map_size(x, conv_fused)
+        pool, local, modules = self.max_pool, self.local, self._modules
+        conv, norm = modules.get("conv"), modules.get("norm")  # an attribute of a module takes ten times as long
+        conv_fused = conv is not None and pool == 2 and not local and _conv_fuses(conv, x)
+        if conv is not None and not conv_fused:
+            x = conv(x)
+        channels, rows, columns = _map_size(x, conv if conv_fused else None)
         if channels != self.channels:
             raise ValueError(f"KWinners2d: wants x of shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
-        height, width = rows // self.max_pool, columns // self.max_pool
-        if self.max_pool > 1 and not (height and width):
-            raise ValueError(f"KWinners2d: wants H and W at least {self.max_pool} (max_pool), got {tuple(x.shape)}")
+        height, width = rows // pool, columns // pool
+        if pool > 1 and not (height and width):
+            raise ValueError(f"KWinners2d: wants H and W at least {pool} (max_pool), got {tuple(x.shape)}")
         locations = height * width
-        n = self.channels if self.local else self.channels * locations
+        n = channels if local else channels * locations
         relu = self.k == n or self.density == 1
         if self.k is not None and self.k > n:
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
         # In one pass, unless there is nothing to choose.
-        fused = self.max_pool > 1 and not (relu or self.local) and x.is_cpu
-        norm_fused = fused and self.norm is not None and self._norm_fuses(x, conv_fused)
-        if conv_fused and (relu or (self.norm is not None and not norm_fused)):
-            x, conv_fused = self.conv(x), False
-        if self.norm is not None and not norm_fused:
-            x = self.norm(x)
-        if self.max_pool > 1 and not fused:
-            x = nn.functional.max_pool2d(x, self.max_pool)
+        fused = pool > 1 and not (relu or local) and x.is_cpu
+        norm_fused = False
+        if norm is not None and fused:
+            needs_grad = is_grad_enabled() and (
+                any(p.requires_grad for p in conv.parameters()) if conv_fused else x.requires_grad
+            )
+            norm_fused = _norm_fuses(norm, channels, x.shape[0] * rows * columns, needs_grad)
+        if conv_fused and (relu or (norm is not None and not norm_fused)):
+            x, conv_fused = conv(x), False
+        if norm is not None and not norm_fused:
+            x = norm(x)
+        if pool > 1 and not fused:
+            x = nn.functional.max_pool2d(x, pool)
         if relu:
             return torch.relu(x)
         if self._units != n:  # to set an attribute of a module takes 1.5 us
             self._units = n
-        y, counts = self._choose(x, n, conv_fused, norm_fused, fused)
+        y, counts = self._choose(x, n, conv if conv_fused else None, norm if norm_fused else None, fused)
         if self.training and locations > 0:
-            self._update_duty_cycle(counts, locations if self.local else 1, locations)
+            self._update_duty_cycle(counts, locations if local else 1, locations)
         return y
 
-    def _map_size(self, x: Tensor, conv_fused: bool) -> tuple[int, int, int]:
-        """Channels, rows and columns of the map that is pooled; no channels where x is not one."""
-        if conv_fused:
-            (KH, KW), (H, W) = self.conv.kernel_size, x.shape[2:]
-            return self.conv.out_channels, H - KH + 1, W - KW + 1
-        return tuple(x.shape[1:]) if x.dim() == 4 else (0, 0, 0)
-
-    def _norm_fuses(self, x: Tensor, conv_fused: bool) -> bool:
-        needs_grad = torch.is_grad_enabled() and (
-            any(p.requires_grad for p in self.conv.parameters()) if conv_fused else x.requires_grad
-        )
-        return _norm_fuses(self.norm, x, self.channels, needs_grad)
-
-    def _choose(self, x: Tensor, n: int, conv_fused: bool, norm_fused: bool, fused: bool) -> tuple[Tensor, Tensor]:
-        """The winners and the counts, behind what was not applied yet of convolution, norm and pooling."""
+    def _choose(
+        self, x: Tensor, n: int, conv: nn.Module | None, norm: nn.BatchNorm2d | None, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The winners and the counts, behind what was not applied yet of convolution, norm and, if fused, pooling."""
         choice = (self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"])
-        if conv_fused:
-            return self._choose_convolved(x, norm_fused, choice)
-        if norm_fused:
+        if conv is not None:
+            return _choose_convolved(x, conv, norm, choice)
+        if norm is not None:
             x = _dense_format(x)
-            by = _norm_by_running(self.norm, torch.promote_types(x.dtype, torch.float32))
-            mean, scale = by or _norm_by_moments(self.norm, *channel_moments(x.detach()), x[:, 0].numel())
+            by = _norm_by_running(norm, torch.promote_types(x.dtype, torch.float32))
+            mean, scale = by or _norm_by_moments(norm, *channel_moments(x.detach()), x[:, 0].numel())
             return norm_max_pool_k_winners2d_counted(x, mean, scale, *choice, self.max_pool)
         if fused:
             return max_pool_k_winners2d_counted(x, *choice, self.max_pool)
         return k_winners2d_counted(x, *choice, self.local)
-
-    def _choose_convolved(self, x: Tensor, norm_fused: bool, choice: tuple) -> tuple[Tensor, Tensor]:
-        weight, bias = self.conv.weight, self.conv.bias
-        if not norm_fused:
-            return conv_k_winners.conv_max_pool_k_winners2d_counted(x, weight, bias, *choice)
-        moments, by = None, _norm_by_running(self.norm, torch.float32)
-        if by is None:
-            moments = conv_k_winners.patch_moments(x.contiguous(), weight.shape[2:])
-            _, rows, columns = self._map_size(x, True)
-            n = x.shape[0] * rows * columns
-            by = _norm_by_moments(self.norm, *conv_k_winners.conv_moments(moments, weight, bias), n)
-        return conv_k_winners.conv_norm_max_pool_k_winners2d_counted(x, weight, bias, *by, moments, *choice)
 
     def _max_entropy_density(self) -> float:
         if self.density is not None:

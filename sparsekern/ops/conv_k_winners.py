@@ -67,7 +67,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return (
         x.shape[1] == 1
         and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        and x.is_cpu
+        and weight.is_cpu
         and weight.shape[0] % 16 == 0
         and weight.shape[3] <= 8
         and not x.requires_grad
