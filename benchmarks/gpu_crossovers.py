@@ -80,10 +80,11 @@ def convolution_row(B: int, C: int, O: int, K: int, size: int, active: float, de
     x = sparse_rows(B, C * size * size, max(1, int(active * C * size * size)), F32, device).view(B, C, size, size)
     grad_y = sparse_rows(B, O * out * out, max(1, int(active * O * out * out)), F32, device).view(B, O, out, out)
     weight, ops, where = torch.randn(O, C, K, K, device=device), torch.ops.sparsekern, ([1, 1], [0, 0])
+    backward = partial(ops.sparse_conv2d_backward, grad_y, x, weight, *where, False)
     calls = {
         "forward": lambda: ops.sparse_conv2d(x, weight, None, *where),
-        "grad_input": lambda: ops.sparse_conv2d_grad_input(grad_y, x, weight, *where, False),
-        "grad_weight": lambda: ops.sparse_conv2d_grad_weight(grad_y, x, [K, K], *where),
+        "grad_input": lambda: backward(True, False, False)[0],
+        "grad_weight": lambda: backward(False, True, False)[1],
     }
     chosen = ["sparse", "dense"] if on_gpu(device) else ["as chosen"]
     functions = {(way, name): partial(run_forced, way, call) for name, call in calls.items() for way in chosen}

@@ -145,12 +145,12 @@ def test_convolutions(active, stride, padding, channels_last):
 
     def results(bodies, change=lambda t: t):
         x_, weight_, grad_y_ = change(x), change(weight), change(grad_y)
-        return {
-            "y": bodies.sparse_conv2d(x_, weight_, change(bias), *where),
-            "grad_x": bodies.sparse_conv2d_grad_input(grad_y_, x_, weight_, *where, False),
-            "grad_x at non-zeros": bodies.sparse_conv2d_grad_input(grad_y_, x_, weight_, *where, True),
-            "grad_weight": bodies.sparse_conv2d_grad_weight(grad_y_, x_, [3, 3], *where),
-        }
+        results = {"y": bodies.sparse_conv2d(x_, weight_, change(bias), *where)}
+        for at_nonzeros in (False, True):
+            gradients = bodies.sparse_conv2d_backward(grad_y_, x_, weight_, *where, at_nonzeros, True, True, True)
+            names = (f"{name} {at_nonzeros}" for name in ("grad_x", "grad_weight", "grad_bias"))
+            results.update(zip(names, gradients, strict=True))
+        return results
 
     got, again = results(ops), results(ops)
     exact, magnitude, terms = (

@@ -139,22 +139,15 @@ def test_dispatch_of_strides_and_of_no_samples(case, B, monkeypatch):
 
 def calls():
     """Of each op of which results have a memory format, arguments of both."""
-    x, weight, grad_y = (
-        sparse_randn(2, 3, 6, 5, active=0.3, dtype=torch.float32),
-        torch.randn(4, 3, 3, 2),
-        torch.randn(2, 4, 4, 4),
-    )
-    ops = torch.ops.sparsekern
-    for x_format in (torch.contiguous_format, torch.channels_last):
-        for other in (torch.contiguous_format, torch.channels_last):
-            image, filters, grad = (
-                x.contiguous(memory_format=x_format),
-                weight.contiguous(memory_format=other),
-                grad_y.contiguous(memory_format=other),
-            )
-            yield ops.sparse_conv2d.default, (image, filters, None, [1, 1], [0, 0])
-            yield ops.sparse_conv2d_grad_input.default, (grad, image, filters, [1, 1], [0, 0], True)
-            yield ops.sparse_conv2d_grad_weight.default, (grad, image, [3, 2], [1, 1], [0, 0])
+    ops, formats = torch.ops.sparsekern, (torch.contiguous_format, torch.channels_last)
+    x, weight = sparse_randn(2, 3, 6, 5, active=0.3, dtype=torch.float32), torch.randn(4, 3, 3, 2)
+    for x_format in formats:
+        image = x.contiguous(memory_format=x_format)
+        for other in formats:
+            filters, grad_y = (t.contiguous(memory_format=other) for t in (weight, torch.randn(2, 4, 4, 4)))
+            where = [1, 1], [0, 0]
+            yield ops.sparse_conv2d.default, (image, filters, None, *where)
+            yield ops.sparse_conv2d_backward.default, (grad_y, image, filters, *where, True, True, True, True)
         yield ops.max_pool_k_winners2d.default, (image, 4, torch.rand(3), torch.tensor(1.0), 2)
 
 
