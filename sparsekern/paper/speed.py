@@ -209,9 +209,9 @@ def products_table(rows: list[dict], path: Path) -> Table:
         "weights after",
     ]
     notes = [
-        f"Products a sample, counted on the real activations of {BATCH} test samples; in inference 1.5 times as many units "
-        "win as in training. A winner "
-        "at a map's border meets fewer of the next convolution's weights, hence a little more is saved than n / k. "
+        f"Products a sample, counted on the real activations of {BATCH} test samples; in inference 1.5 times as many "
+        "units win as in training. A winner at a map's border meets fewer of the next convolution's weights, so that what "
+        "is saved there depends on where the winners are: more than n / k for weights that have hardly been trained. "
         "The paper's 10.5x (12544 / 1200) and 20x (1600 x 1000 / (200 x 0.4 x 1000)) are those of training's winners. "
         "Its 35x sets superSparseCNN2's hidden layer against the dense network's of 1000 units, and is reached with the "
         "300 winners of inference, 1600 x 1000 / (300 x 0.1 x 1500) = 35.6x; with training's 200 it is 53x, and against a "
