@@ -30,6 +30,9 @@ To train everything anew, several runs at a time, and then gather, print and dra
         python -m sparsekern.paper $command
     done
 
+The data are looked for in `data/mnist` and `data/speech_commands`; `--data DIR` names another folder, and `--download`
+fetches what is not there (of speech, the whole data set); `sweep` alone does not take it.
+
 A sweep that was stopped goes on by the same command; `--seeds 42-44` trains fewer seeds, and later the others;
 `--snakemake --executor slurm` runs it on a cluster. One run alone, which the same command resumes bit for bit, and the same
 shared by two processes:
