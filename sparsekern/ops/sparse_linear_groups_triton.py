@@ -14,15 +14,20 @@ from torch import Tensor
 
 from sparsekern.ops._triton import cdiv, dot, narrow, next_power_of_2, widen
 
+SKIP_B = 32  # samples up to which weights are not read of inputs that none of them has
+
 
 def tile_config(B: int, G: int, dtype: torch.dtype) -> dict:
     """Tiles of float32 do without the tensor cores. Of five stages the pipeliner takes two for the lists, which leaves
-    three buffers for what they point to."""
+    three buffers for what they point to; few samples, whose weights wait for x anyway, take one less and more warps, or
+    sm_100 spills."""
+    few = B <= SKIP_B
     block_g = min(max(next_power_of_2(G), 16), 128)
-    config = {"BLOCK_B": min(max(next_power_of_2(B), 16), 128), "BLOCK_G": block_g, "num_warps": max(4, block_g // 16)}
+    warps = min(max(4, block_g // (8 if few else 16)), 8)
+    config = {"BLOCK_B": min(max(next_power_of_2(B), 16), 128), "BLOCK_G": block_g, "num_warps": warps}
     if dtype == torch.float32:
         return {**config, "BLOCK_K": 32, "num_stages": 3}
-    return {**config, "BLOCK_K": 64, "num_stages": 5}
+    return {**config, "BLOCK_K": 64, "num_stages": 4 if few else 5}
 
 
 @triton.jit
@@ -156,7 +161,7 @@ def forward(
         out_features,
         G=G,
         BIAS=bias is not None,
-        SKIP=B <= 32,
+        SKIP=B <= SKIP_B,
         **config,
     )
     return y
