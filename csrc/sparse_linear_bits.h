@@ -128,18 +128,30 @@ void forward_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64
   for (; p < active; p++) add_inputs<1>(w, weights, value + p, index + p, sums);
 }
 
-// The sum over the weights of input i of weight times grad_y (ceil(O / 64) * 64,) at its outputs.
-template <class T>
-SPARSEKERN_INLINE acc_t<T> dot_bits(const LinearSupport& w, const PaddedWeights<T>& weights, int64_t i,
-                                    const acc_t<T>* grad_y) {
+// For each of N inputs the sum over its weights of weight times grad_y (ceil(O / 64) * 64,) at its outputs: to grad_x at the
+// input. The order of a sum is the same for any N.
+template <int N, class T>
+SPARSEKERN_INLINE void dot_inputs(const LinearSupport& w, const PaddedWeights<T>& weights, const int32_t* index,
+                                  const acc_t<T>* grad_y, T* grad_x) {
   using A = acc_t<T>;
   const int64_t words = bit_words(w);
-  const T* p = weights.of_input(i);
-  vec<A> total[4] = {};
-  for (int64_t k = 0; k < words; k++)
-    p = expand_word(w.bits[i * words + k], p,
-                    [&](int v, vec<A> x) { total[v] = fma(x, load(grad_y + k * 64 + v * kLanes), total[v]); });
-  return sum<A>((total[0] + total[1]) + (total[2] + total[3]));
+  const uint64_t* bits[N];
+  const T* at[N];
+  vec<A> even[N] = {}, odd[N] = {};
+  for (int n = 0; n < N; n++) {
+    bits[n] = w.bits + index[n] * words;
+    at[n] = weights.of_input(index[n]);
+  }
+  for (int64_t k = 0; k < words; k++, grad_y += 64) {
+    vec<A> gy[4];
+    for (int v = 0; v < 4; v++) gy[v] = load(grad_y + v * kLanes);
+    for (int n = 0; n < N; n++)
+      at[n] = expand_word(bits[n][k], at[n], [&](int v, vec<A> x) {
+        vec<A>& total = v % 2 ? odd[n] : even[n];
+        total = fma(x, gy[v], total);
+      });
+  }
+  for (int n = 0; n < N; n++) from_acc(sum<A>(even[n] + odd[n]), grad_x[index[n]]);
 }
 
 // The sums of an input at its existing outputs, narrowed, to its place in a gradient of the stored weights. Whole vectors

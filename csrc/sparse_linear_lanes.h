@@ -10,8 +10,6 @@ namespace {
 // Samples at a time: four accumulators hide the latency of fused multiply-adds, kMaxSums of them stay in registers.
 template <class A> constexpr int64_t kSampleLanes = kLanes * min(4, kMaxSums * kRegLanes<A> / kLanes);
 
-constexpr int64_t kAheadInputs = 4; // by which weights are fetched in advance
-
 // Outputs whose samples stay in the first-level cache, nearly, while all inputs go by: 64 to 256 of float were tried.
 template <class A> constexpr int64_t kPartOutputs = 768 / int64_t(sizeof(A));
 

@@ -118,6 +118,8 @@ template <class T> struct WeightTiles {
     const int64_t to = last == w.outputs ? w.ccol[i + 1] : first_block(w, i, (last + G - 1) / G);
     if (G == 1)
       for (int64_t b = from; b < to; b++) row[w.rows[b] - first] = to_acc(weight[b]);
+    else if (G == kLanes)
+      for (int64_t b = from; b < to; b++) store(row + (w.rows[b] * G - first), load(weight + b * G));
     else
       for (int64_t b = from; b < to; b++)
         for (int64_t g = 0, o = w.rows[b] * G - first; g < G; g++, o++)
@@ -176,6 +178,7 @@ void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T
                     int64_t end, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const int64_t rows = end - begin, columns = last - first, K = w.inputs;
+  if (columns == 0) return; // first is a multiple of kPanel elsewhere, and so of a group of sixteen
   A* sums = (A*)scratch(kSums, size_t(rows * round_up(columns, kPanel)) * sizeof(A));
   for (int64_t c = 0; c < round_up(columns, kPanel); c += kLanes) {
     const vec<A> start = bias && c < columns ? load_first(bias + first + c, columns - c) : vec<A>{};
@@ -188,6 +191,8 @@ void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T
     return load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
   });
 }
+
+constexpr int64_t kAheadInputs = 4; // by which weights are fetched in advance
 
 // The transpose of the weights, (O, I), at inputs [first, last), from the stored blocks.
 template <class T> struct TransposedTiles {
@@ -209,7 +214,8 @@ template <class T> struct TransposedTiles {
     const int64_t G = w.group, c = p * kPanel, count = columns - c < kPanel ? columns - c : kPanel;
     std::memset((void*)tiles, 0, size_t(kTileRows<A> * kPanel) * sizeof(A));
     for (int64_t k = 0; k < count; k++) {
-      const int32_t stop = w.ccol[first + c + k + 1];
+      const int32_t stop = w.ccol[first + c + k + 1], ahead = next[min(c + k + kAheadInputs, columns - 1)];
+      __builtin_prefetch(weight + ahead * G), __builtin_prefetch(w.rows + ahead);
       A* to = tiles + k;
       int32_t b = next[c + k];
       if (G == 1) {

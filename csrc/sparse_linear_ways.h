@@ -57,13 +57,14 @@ inline double rows_cost(const LinearWork& work) {
   }
   if (work.support.group > 1) return 48 * d * products;
   if (work.pass == Pass::grad_weight) return 120 * d * products;
-  if (work.pass == Pass::grad_input) return (work.support.bits != nullptr && d > 0.125 ? 7 : 48 * d) * products;
+  if (work.pass == Pass::grad_input) return (work.support.bits != nullptr && d > 0.08 ? 4 : 48 * d) * products;
   if (work.support.bits != nullptr && d > 0.09) return 3.6 * products;
   return 37 * d * products;
 }
 
 inline bool has_panels(const LinearWork& work) {
-  return work.support.group % 16 != 0 && (work.B > 1 || work.pass == Pass::grad_weight);
+  if (work.support.group % 16 == 0) return work.support.group == 16 && work.pass != Pass::grad_weight && work.B > 1;
+  return work.B > 1 || work.pass == Pass::grad_weight;
 }
 inline double panels_cost(const LinearWork& work) {
   const double d = work.density();
@@ -79,6 +80,7 @@ inline double panels_cost(const LinearWork& work) {
   }
   if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * panels_products; // 0.08: of a row's list
   if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * panels_products;
+  if (work.support.group == 16 && work.pass == Pass::forward) return 6 + 8 * d + 0.08 * double(work.B) + 1.5 * panels_products;
   const double once = work.pass == Pass::grad_weight  ? 3 + 38 * d
                       : work.pass == Pass::grad_input ? 3 + 70 * d
                                                       : 5 + 40 * d;
