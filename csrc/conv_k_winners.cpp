@@ -35,19 +35,19 @@ std::optional<Tensor> dense(const std::optional<Tensor>& t) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_max_pool_k_winners2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
     const std::optional<Tensor>& scale, int64_t k, const std::optional<Tensor>& duty_cycle,
-    const std::optional<Tensor>& boost_strength) {
+    const std::optional<Tensor>& boost_strength, bool want_offsets) {
   const int64_t B = x.size(0), C = weight.size(0), taps = weight.size(2) * weight.size(3);
   ConvKWinnersArgs args = arguments(x, C, weight.size(2), weight.size(3), k);
   PooledArgs& pooled = args.pooled;
   const int64_t n = pooled.rows.n;
   Tensor y = empty_maps(x, {B, C, pooled.H / 2, pooled.W / 2}, true);
   Tensor winners = empty(ScalarType::Byte, {B, (n + 15) / 16 * 2});
-  Tensor offsets = empty(ScalarType::Int, {B, k});
+  Tensor offsets = empty(ScalarType::Int, {B, want_offsets ? k : 0});
   Tensor counts = zeros(ScalarType::Long, {C + 1});
   const std::optional<Tensor> means = dense(mean), scales = dense(scale), biases = dense(bias);
   pooled.rows.y = y.data_ptr(), pooled.rows.winners = static_cast<uint8_t*>(winners.data_ptr());
   pooled.rows.factors = boost_factors(duty_cycle, boost_strength, k, n, C, 1);
-  pooled.offsets = static_cast<int32_t*>(offsets.data_ptr());
+  pooled.offsets = want_offsets ? static_cast<int32_t*>(offsets.data_ptr()) : nullptr;
   pooled.mean = floats(means), pooled.scale = floats(scales);
   std::vector<float> packed(size_t(kernels().packed_size(C, taps)));
   kernels().pack(static_cast<const float*>(weight.data_ptr()), floats(biases), C, taps, packed.data());

@@ -28,7 +28,7 @@ void pack(const float* weight, const float* bias, int64_t C, int64_t taps, float
 
 // kPooled windows beside each other of kWhole registers of channels. x: the image under the first place; at: that place in
 // the map, of channel 0.
-template <int kPooled, int kWhole>
+template <bool kTaken, int kPooled, int kWhole>
 SPARSEKERN_INLINE void pool_tile(const ConvKWinnersArgs& a, const float* x, const float* weight, int64_t at, float* most,
                                  int32_t* taken) {
   reg<float> sums[2][2 * kPooled][kWhole];
@@ -63,14 +63,14 @@ SPARSEKERN_INLINE void pool_tile(const ConvKWinnersArgs& a, const float* x, cons
         const reg<float> v = sums[i / 2][2 * q + i % 2][r];
         const reg<int32_t> larger = (v > best) | (v != v);
         best = larger ? v : best;
-        place = larger ? lane + int32_t(from + i / 2 * row_size + i % 2 * C) : place;
+        if constexpr (kTaken) place = larger ? lane + int32_t(from + i / 2 * row_size + i % 2 * C) : place;
       }
       std::memcpy(most + q * C + r * kWidth, &best, sizeof best);
-      std::memcpy(taken + q * C + r * kWidth, &place, sizeof place);
+      if constexpr (kTaken) std::memcpy(taken + q * C + r * kWidth, &place, sizeof place);
     }
 }
 
-template <int kWhole>
+template <bool kTaken, int kWhole>
 void pool_channels(const ConvKWinnersArgs& a, const float* x, const float* weight, int64_t first, float* most,
                    int32_t* taken) {
   const int64_t C = a.pooled.C, P = a.pooled.H / 2, Q = a.pooled.W / 2;
@@ -79,25 +79,27 @@ void pool_channels(const ConvKWinnersArgs& a, const float* x, const float* weigh
     const int64_t at = 2 * p * a.pooled.W * C + first, to = p * Q * C + first;
     int64_t q = 0;
     for (; q + 2 <= Q; q += 2)
-      pool_tile<2, kWhole>(a, from + 2 * q, weight, at + 2 * q * C, most + to + q * C, taken + to + q * C);
-    if (q < Q) pool_tile<1, kWhole>(a, from + 2 * q, weight, at + 2 * q * C, most + to + q * C, taken + to + q * C);
+      pool_tile<kTaken, 2, kWhole>(a, from + 2 * q, weight, at + 2 * q * C, most + to + q * C, taken + to + q * C);
+    if (q < Q) pool_tile<kTaken, 1, kWhole>(a, from + 2 * q, weight, at + 2 * q * C, most + to + q * C, taken + to + q * C);
   }
 }
 
-void pool_convolved(const ConvKWinnersArgs& a, const float* x, float* most, int32_t* taken) {
+template <bool kTaken> void pool_convolved(const ConvKWinnersArgs& a, const float* x, float* most, int32_t* taken) {
   constexpr int64_t kGroup = kRegs * kWidth;
   const int64_t size = kGroup * (a.KH * a.KW + 1);
   for (int64_t first = 0; first < a.pooled.C; first += kGroup) {
     const float* weight = a.weight + first / kGroup * size;
-    if (a.pooled.C - first >= kGroup) pool_channels<kRegs>(a, x, weight, first, most, taken);
-    else pool_channels<1>(a, x, weight, first, most, taken); // channels are a multiple of 16
+    if (a.pooled.C - first >= kGroup) pool_channels<kTaken, kRegs>(a, x, weight, first, most, taken);
+    else pool_channels<kTaken, 1>(a, x, weight, first, most, taken); // channels are a multiple of 16
   }
 }
 
 void forward(const ConvKWinnersArgs& a, int64_t begin, int64_t end, int64_t* counts) {
   for_counted_rows(a.pooled, begin, end, [&](int64_t begin, int64_t end) {
     forward_pooled_rows<float>(a.pooled, begin, end, counts, [&](int64_t row, float* most, int32_t* taken) {
-      pool_convolved(a, a.x + row * a.height * a.width, most, taken);
+      const float* x = a.x + row * a.height * a.width;
+      if (a.pooled.offsets == nullptr) pool_convolved<false>(a, x, most, taken); // 12 % faster
+      else pool_convolved<true>(a, x, most, taken);
     });
   });
 }

@@ -24,7 +24,8 @@ struct PooledArgs {
   KWinnersArgs rows;
   int64_t C, H, W, pool;
   bool channels_last;
-  int32_t* offsets; // (rows, k): where in its map each winner, in the order of the pooled units, was taken from
+  int32_t* offsets; // (rows, k): where in its map each winner, in the order of the pooled units, was taken from. Null if T is
+                    // its own accumulator type and nobody wants to know.
   // (C,) in the accumulator type, or null: units are (x - mean) * scale, rounded to x's type. scale > 0, so that pooling
   // may come first.
   const void *mean, *scale;

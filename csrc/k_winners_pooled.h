@@ -122,7 +122,7 @@ template <class T> void normalise(const PooledArgs& a, acc_t<T>* most) {
       for (int64_t p = 0; p < locations; p++) most[p] = rounded((most[p] - mean[c]) * scale[c]);
 }
 
-// map(row, most, taken): writes a row's pooled units and where they were taken from.
+// map(row, most, taken): writes a row's pooled units and, unless offsets is null, where they were taken from.
 template <class T, class Map>
 void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts, const Map& map) {
   using A = acc_t<T>;
@@ -154,12 +154,12 @@ void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_
     const K t = threshold(keys, n, k, lo, hi, room, guess, surplus);
     if (surplus > 0) drop_ties(keys, a.rows, t, surplus, ties);
     // Without branches on single units, which would be mispredicted.
-    int32_t* offsets = a.offsets + row * k;
+    int32_t* offsets = a.offsets == nullptr ? nullptr : a.offsets + row * k;
     int64_t count = 0, channel = 0; // the channel of unit j, where lanes are counted
     for (int64_t j = 0; j < padded; j += kLanes) {
       const uint32_t bits = mask_ge(keys + j, t);
       store_bits(winners + j / 8, bits);
-      count += compress(taken + j, bits, places + count);
+      if (offsets != nullptr) count += compress(taken + j, bits, places + count);
       if constexpr (std::is_same_v<T, A>) {
         if (j + kLanes <= n) keep(most + j, bits, y + j);
         else keep_first(most + j, bits, y + j, n - j);
@@ -169,7 +169,7 @@ void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_
         channel = channel + kLanes == a.C ? 0 : channel + kLanes;
       }
     }
-    std::memcpy(offsets, places, size_t(k) * sizeof(int32_t));
+    if (offsets != nullptr) std::memcpy(offsets, places, size_t(k) * sizeof(int32_t));
     if constexpr (!std::is_same_v<T, A>) {
       const T* x = static_cast<const T*>(a.rows.x) + row * a.C * a.H * a.W;
       std::memset(y, 0, size_t(n) * sizeof(T));

@@ -174,6 +174,7 @@ def samples():
             4,
             torch.rand(16),
             torch.tensor(1.0),
+            False,
         ),
         "conv_max_pool_k_winners2d_grad_weight": (torch.randn_like(y), taken_winners, taken, gray, [3, 2]),
         "patch_moments": (gray, [3, 2]),

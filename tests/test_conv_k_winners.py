@@ -229,6 +229,16 @@ def test_patch_moments(kernel):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("filters", [16, 48, 64])
+def test_offsets_change_nothing_else(filters):
+    x, weight, bias = torch.randn(3, 1, 12, 11), torch.randn(filters, 1, 5, 4), torch.randn(filters)
+    args = x, weight, bias, torch.rand(filters), torch.rand(filters), 40, torch.rand(filters), torch.tensor(1.5)
+    with_offsets, without = (torch.ops.sparsekern.conv_max_pool_k_winners2d(*args, want) for want in (True, False))
+    assert without[2].shape == (3, 0)
+    for i in (0, 1, 3):
+        assert torch.equal(with_offsets[i], without[i])
+
+
 def test_refuses():
     with pytest.raises(TypeError, match="wants a module or None for conv"):
         sk.KWinners2d(16, 2, conv=3)

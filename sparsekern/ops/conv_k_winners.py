@@ -15,12 +15,13 @@ from sparsekern.ops._library import Function, define
 from sparsekern.ops.k_winners import check_k_winners
 
 
-def _conv_max_pool_k_winners2d_fake(x, weight, bias, mean, scale, k, duty_cycle, boost_strength):
+def _conv_max_pool_k_winners2d_fake(x, weight, bias, mean, scale, k, duty_cycle, boost_strength, want_offsets=True):
     B, C = x.shape[0], weight.shape[0]
     P, Q = ((x.shape[d] - weight.shape[d] + 1) // 2 for d in (2, 3))
     y = torch.empty((B, C, P, Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     winners = x.new_empty((B, (C * P * Q + 15) // 16 * 2), dtype=torch.uint8)
-    return y, winners, x.new_empty((B, k), dtype=torch.int32), x.new_empty((C + 1,), dtype=torch.int64)
+    offsets = x.new_empty((B, k if want_offsets else 0), dtype=torch.int32)
+    return y, winners, offsets, x.new_empty((C + 1,), dtype=torch.int64)
 
 
 def _side(kernel_size) -> int:
@@ -29,10 +30,11 @@ def _side(kernel_size) -> int:
 
 # x (B, 1, H, W) and weight (C, 1, KH, KW), contiguous, as `serves` wants them. y and the convolution's map, in which
 # `offsets` count, are channels-last. With mean and scale (C,) the units are those of (z - mean) * scale, scale > 0, of
-# the map z.
+# the map z. Only the gradient wants offsets; without them they are (B, 0).
 define(
     "conv_max_pool_k_winners2d(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? scale, int k,"
-    " Tensor? duty_cycle, Tensor? boost_strength) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
+    " Tensor? duty_cycle, Tensor? boost_strength, bool want_offsets=True)"
+    " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.conv_max_pool_k_winners2d,
     fake=_conv_max_pool_k_winners2d_fake,
 )
@@ -168,7 +170,7 @@ def conv_max_pool_k_winners2d_counted(x, weight, bias, k, duty_cycle, boost_stre
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         y, _, _, counts = ConvMaxPoolKWinners2dFunction.apply(x, weight, bias, k, duty_cycle, boost_strength)
     else:
-        y, _, _, counts = _forward(x, weight, bias, None, None, k, duty_cycle, boost_strength)
+        y, _, _, counts = _forward(x, weight, bias, None, None, k, duty_cycle, boost_strength, False)
     return y, counts
 
 
@@ -182,7 +184,7 @@ def conv_norm_max_pool_k_winners2d_counted(
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         y, _, _, counts = ConvNormMaxPoolKWinners2dFunction.apply(x, weight, bias, mean, scale, moments, *args)
     else:
-        y, _, _, counts = _forward(x, weight, bias, mean, scale, *args)
+        y, _, _, counts = _forward(x, weight, bias, mean, scale, *args, False)
     return y, counts
 
 

@@ -17,12 +17,15 @@ def conv_max_pool_k_winners2d(
     k: int,
     duty_cycle: Tensor | None,  # (C,)
     boost_strength: Tensor | None,  # () float32
+    want_offsets: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = torch.nn.functional.conv2d(x, weight, bias)
     z = z.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     if mean is None:
-        return pooled.max_pool_k_winners2d(z, k, duty_cycle, boost_strength, 2)
-    return pooled.norm_max_pool_k_winners2d(z, mean, scale, k, duty_cycle, boost_strength, 2)
+        y, winners, offsets, counts = pooled.max_pool_k_winners2d(z, k, duty_cycle, boost_strength, 2)
+    else:
+        y, winners, offsets, counts = pooled.norm_max_pool_k_winners2d(z, mean, scale, k, duty_cycle, boost_strength, 2)
+    return y, winners, offsets if want_offsets else offsets.new_empty((len(x), 0)), counts
 
 
 def conv_max_pool_k_winners2d_grad_weight(
