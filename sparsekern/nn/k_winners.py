@@ -300,7 +300,7 @@ def _norm_by_running(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, 
         return None
     if mean.dtype is not dtype:
         mean, variance = mean.to(dtype), variance.to(dtype)
-    return mean, torch.rsqrt(variance + norm.eps)
+    return mean, variance.add(norm.eps).rsqrt_()
 
 
 @torch.no_grad()
