@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ import torch
 import autoencoder
 from cases import Options
 from checking import WrongResult
-from gpu_cases import CASES, Row
+from gpu_cases import CASES, Row, with_tf32
 from gpu_report import gpu_environment, lines
 from gpu_timing import on_gpu, timings
 from network_cases import STEP, network_cases
-from report import Result, caption, write_csv
+from report import DENSE, OURS, Result, caption, write_csv
 
 REHEARSAL = 1 / 256  # of each size, on CPU
 AUTOENCODER = "TopK autoencoder"
@@ -113,8 +114,24 @@ def run_network(name: str, device: str, compiled: bool) -> Iterator[Result]:
     with plain_convolutions():
         checked = prepared.check()
     savings = checked.dense_products / checked.products
-    row = Row(prepared.functions, checked.error, training=prepared.training)
+    functions = prepared.functions | (narrower(prepared.functions, device) if on_gpu(device) else {})
+    row = Row(functions, checked.error, training=prepared.training)
     yield result_of(Result(case.name, case.work, case.batch, savings, checked.error), row, device)
+
+
+def narrower(functions: dict, device: str) -> dict:
+    """The dense network and ours in TF32, which PyTorch's convolutions take by default, and in bfloat16 by autocast."""
+    found = {}
+    for kind, wrapper in (("TF32", with_tf32), ("bf16", partial(with_bfloat16, device))):
+        for (role, name), function in functions.items():
+            if role in (OURS, DENSE) and "compiled" not in name:
+                found[kind if role == DENSE else f"{OURS} {kind}", name] = partial(wrapper, function)
+    return found
+
+
+def with_bfloat16(device: str, function: Callable) -> object:
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False):  # no cast outlives the graph that it is part of
+        return function()
 
 
 def result_of(result: Result, row: Row, device: str) -> Result:

@@ -26,7 +26,7 @@ def lines(result: Result) -> list[str]:
         ours = like(result, OURS, name.endswith(GRAPHED))
         faster = f"  {t.median / ours:6.2f}x" if ours and role != OURS else ""
         spread = 100 * (t.high - t.low) / 2 / t.median
-        out.append(f"  {role:<11} {name:<32} {1e3 * t.median:10.1f} us ±{spread:3.0f}%{faster}")
+        out.append(f"  {role:<16} {name:<32} {1e3 * t.median:10.1f} us ±{spread:3.0f}%{faster}")
     return [*out, f"  error {result.max_error:.1e}" + (f", savings {result.savings:.1f}x" if result.savings else "")]
 
 

@@ -38,7 +38,8 @@ def gpu_table(results: list[Result], where: dict[str, str]) -> str:
                 )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = (
-        "Dense is float32 without TF32 (bfloat16 where the row says so); plain is the same network in plain PyTorch."
+        "Ours and dense are float32 without TF32 (bfloat16 where the row says so), and compared with dense in TF32 and "
+        "bfloat16 too; plain is the same network in plain PyTorch."
     )
     return f"{table}\n\n{caption(where)}. Checked first, then timed side by side. {notes}"
 
