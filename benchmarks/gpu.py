@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     where = gpu_environment(device, "as named")
+    where["commit"] = arguments.commit or where["commit"]
     print(caption(where), flush=True)
     rows = {name: work for name, work in every_row(arguments).items() if arguments.only.search(name)}
     results, failed = [], []
@@ -49,33 +50,33 @@ def main(argv: list[str] | None = None) -> int:
         if time.perf_counter() - began > arguments.seconds:
             failed.append(f"{name}: no time left")
             continue
-        failed += measure(name, work, results)
-        if arguments.csv:  # after each row: what is measured is kept, whatever comes
-            write_csv(arguments.csv, results, where)
+        for result in measure(name, work, failed):
+            results.append(result)
+            if arguments.csv:  # what is measured is kept, whatever comes
+                write_csv(arguments.csv, results, where)
         if on_gpu(device):
             torch.cuda.empty_cache()
     print("\n" + "\n".join(["every row was measured"] if not failed else ["NOT MEASURED:", *failed]))
     return 1 if failed else 0 if rows else 2
 
 
-def measure(name: str, work: Callable[[], Iterator[Result]], results: list[Result]) -> list[str]:
-    """Appends the row's results and prints them; returns why there are not more."""
+def measure(name: str, work: Callable[[], Iterator[Result]], failed: list[str]) -> Iterator[Result]:
+    """The row's results, printed as they come; why there are no more is appended to failed."""
     torch.manual_seed(0)
     start = time.perf_counter()
     try:
         for result in work():
-            results.append(result)
             title = ", ".join(filter(None, (result.case, result.work)))
             print(f"\n{title}  ({time.perf_counter() - start:.0f} s)\n" + "\n".join(lines(result)), flush=True)
+            yield result
     except WrongResult as error:
         print(f"\n{name}\n  WRONG RESULT, not timed: {error}", flush=True)
-        return [f"{name}: wrong result"]
+        failed.append(f"{name}: wrong result")
     except Exception as error:  # the other rows are to be had all the same
         print(f"\n{name}\n{traceback.format_exc()}", flush=True)
-        return [f"{name}: {type(error).__name__}"]
+        failed.append(f"{name}: {type(error).__name__}")
     finally:
         torch.compiler.reset()
-    return []
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -83,8 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     pattern = {"type": lambda t: re.compile(t, re.I), "default": re.compile(""), "metavar": "PATTERN"}
     parser.add_argument("--only", **pattern, help="rows with this in them")
-    parser.add_argument("--seconds", type=float, default=540, help="after which no further row is begun")
+    parser.add_argument("--seconds", type=float, default=480, help="after which no further row is begun")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--commit", default="", help="what the CSV file says where git does not know")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every timing here")
     return parser.parse_args(argv)
 

@@ -9,6 +9,7 @@ import autoencoder
 import gpu
 import gpu_cases
 import gpu_crossovers
+import gpu_timing
 from checking import WrongResult
 
 
@@ -25,6 +26,33 @@ def test_gpu_rows(tmp_path):
     assert {row["case"] for row in rows} >= {"k-winners fused, 1024 x 1000 float32"}
     assert {"sparsekern", "dense", "torch"} <= {row["role"] for row in rows}
     assert all(float(row["ms"]) > 0 for row in rows)
+
+
+def test_a_row_that_fails_costs_itself_alone(monkeypatch, tmp_path, capsys):
+    """So does one that there is no time for; what was measured is written."""
+
+    def broken(*_):
+        raise ValueError("no such thing")
+
+    path = tmp_path / "gpu.csv"
+    rows = {"broken": broken, "fused": gpu_cases.k_winners_fused}
+    monkeypatch.setattr(gpu, "CASES", rows)
+    arguments = ["--device", "cpu", "--only", "broken|fused", "--commit", "abc", "--csv", str(path)]
+    assert gpu.main(arguments) == 1
+    assert "broken: ValueError" in capsys.readouterr().out
+    assert {row["case"] for row in rows_of(path)} == {"fused"}
+    assert {row["commit"] for row in rows_of(path)} == {"abc"}
+    assert gpu.main([*arguments, "--seconds", "-1"]) == 1
+    assert "fused: no time left" in capsys.readouterr().out
+
+
+def test_rivals_that_cannot_run_are_left_out(capsys):
+    def unsupported():
+        raise RuntimeError("not implemented for 'BFloat16'")
+
+    functions = {("sparsekern", "eager"): lambda: torch.rand(3), ("dense", "eager"): unsupported}
+    assert set(gpu_timing.timings(functions, "cpu")) == {("sparsekern", "eager")}
+    assert "dense eager left out: RuntimeError" in capsys.readouterr().out
 
 
 def test_no_such_row():
