@@ -56,15 +56,15 @@ inline double rows_cost(const LinearWork& work) {
     return (4.1 * d + beside / vectors) * products + (work.pass == Pass::grad_weight ? 8 * d : 0);
   }
   if (work.support.group > 1) return 48 * d * products;
-  if (work.pass == Pass::grad_weight) return 120 * d * products;
-  if (work.pass == Pass::grad_input) return (work.support.bits != nullptr && d > 0.08 ? 4 : 48 * d) * products;
-  if (work.support.bits != nullptr && d > 0.09) return 3.6 * products;
+  const bool bits = work.support.bits != nullptr;
+  if (work.pass == Pass::grad_weight) return bits && work.B == 1 ? 2 + 5 * products : 120 * d * products;
+  if (work.pass == Pass::grad_input) return (bits && d > 0.08 ? 4 : 48 * d) * products;
+  if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : 3.6) * products;
   return 37 * d * products;
 }
 
 inline bool has_panels(const LinearWork& work) {
-  if (work.support.group % 16 == 0) return work.support.group == 16 && work.pass != Pass::grad_weight && work.B > 1;
-  return work.B > 1 || work.pass == Pass::grad_weight;
+  return work.B > 1 && (work.support.group % 16 != 0 || (work.support.group == 16 && work.pass != Pass::grad_weight));
 }
 inline double panels_cost(const LinearWork& work) {
   const double d = work.density();
@@ -78,17 +78,20 @@ inline double panels_cost(const LinearWork& work) {
     const double others = lanes < panels ? lanes : panels;
     return work.at_nonzeros && dots < others ? dots : others;
   }
-  if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * panels_products; // 0.08: of a row's list
+  if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * panels_products; // 0.08: a row's list
   if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * panels_products;
-  if (work.support.group == 16 && work.pass == Pass::forward) return 6 + 8 * d + 0.08 * double(work.B) + 1.5 * panels_products;
+  if (work.support.group == 16 && work.pass == Pass::forward) { // 3 us a call, which 64 x 64 must not take
+    const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
+    return 6 + 8 * d + 12000 / vectors + 0.08 * double(work.B) + 1.5 * panels_products;
+  }
   const double once = work.pass == Pass::grad_weight  ? 3 + 38 * d
                       : work.pass == Pass::grad_input ? 3 + 70 * d
                                                       : 5 + 40 * d;
   return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * panels_products; // two bytes are widened one by one
 }
 
-// The forward pass with one sample in each lane, by a plan of the support. Measured at 1600 x 1500, 1024 x 256 and 784 x 128
-// (densities 0.05 to 0.4, B = 32 to 256) with AVX-512 and float32.
+// The forward pass with one sample in each lane, by a plan of the support. Measured at 1600 x 1500, 1024 x 256 and
+// 784 x 128 (densities 0.05 to 0.4, B = 32 to 256) with AVX-512 and float32.
 inline bool has_lanes(const LinearWork& work) {
   return work.has_plan && work.B >= 64 && work.dtype != DType::f64 && isa() == Isa::avx512;
 }
@@ -97,8 +100,8 @@ inline double lanes_cost(const LinearWork& work) {
   return 0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows;
 }
 
-// By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 50 rows forward and 10
-// backward, where tiles are transposed. Measured at 1600 x 1500, 4096 x 1024 and 1024 x 256, B = 4 to 256.
+// By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 50 rows forward
+// and 10 backward, where tiles are transposed. Measured at 1600 x 1500, 4096 x 1024 and 1024 x 256, B = 4 to 256.
 inline bool has_pairs(const LinearWork& work) {
   return work.has_pairs && work.pass != Pass::grad_weight &&
          (work.support.bits != nullptr || work.support.group % 16 == 0 || work.full());
