@@ -83,6 +83,25 @@ struct Layer {
   }
 };
 
+// The lists of LinearPlan; entries of a cell are in no particular order of their counts here.
+struct Plan {
+  std::vector<int32_t> cells, starts, output, input, source;
+  Plan(const Layer& layer, int64_t I, int64_t O) {
+    for (int64_t o = 0; o < O; o += kPlanOutputs)
+      for (int64_t i = 0; i < I; i += kPlanInputs) {
+        cells.push_back(int32_t(output.size()));
+        for (int64_t k = o; k < O && k < o + kPlanOutputs; k++) {
+          const size_t before = source.size();
+          for (int64_t n = i; n < I && n < i + kPlanInputs; n++)
+            for (int32_t b = layer.ccol[size_t(n)]; b < layer.ccol[size_t(n + 1)]; b++)
+              if (layer.rows[size_t(b)] == k) input.push_back(int32_t(n - i)), source.push_back(b);
+          if (source.size() > before) starts.push_back(int32_t(before)), output.push_back(int32_t(k - o));
+        }
+      }
+    cells.push_back(int32_t(output.size())), starts.push_back(int32_t(source.size()));
+  }
+};
+
 void fill(Array& a, double active, std::mt19937& random) {
   for (size_t i = 0; i < a.n; i++) {
     const bool zero = double(random() % 1000) >= 1000 * active;
@@ -142,6 +161,19 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
       kernels.forward_panels(c.dtype, w, x.data(), weight.data(), bias.data(), got.data(), part ? row : 0,
                              part ? B : row, side ? output : 0, side ? O : output);
   compare(c, "forward_panels", got, y);
+
+  if (G == 1 && c.dtype != DType::f64) {
+    const Plan lists(layer, I, O);
+    const LinearPlan plan{I, O, lists.cells.data(), lists.starts.data(), lists.output.data(), lists.input.data(),
+                          lists.source.data()};
+    std::vector<float> ordered(blocks);
+    kernels.order_weights(c.dtype, plan, weight.data(), ordered.data(), 0, int64_t(blocks) / 2);
+    kernels.order_weights(c.dtype, plan, weight.data(), ordered.data(), int64_t(blocks) / 2, int64_t(blocks));
+    got = Array(c.dtype, size_t(B * O));
+    kernels.forward_lanes(c.dtype, plan, x.data(), ordered.data(), bias.data(), got.data(), 0, row, 0, O);
+    kernels.forward_lanes(c.dtype, plan, x.data(), ordered.data(), bias.data(), got.data(), row, B, 0, O);
+    compare(c, "forward_lanes", got, y);
+  }
 
   const bool pairs = c.dtype == DType::bf16 && kernels.pairs() && (c.bits || G % 16 == 0 || c.density == 1);
   got = Array(c.dtype, size_t(B * O));
