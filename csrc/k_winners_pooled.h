@@ -191,7 +191,7 @@ SPARSEKERN_INLINE void for_counted_rows(const PooledArgs& a, int64_t begin, int6
   for (int64_t row = begin; row < end; row += step) rows(row, row + step < end ? row + step : end);
 }
 
-void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
+inline void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts) {
   for_counted_rows(a, begin, end, [&](int64_t begin, int64_t end) {
     dispatch(a.rows.dtype, [&]<class T>() {
       forward_pooled_rows<T>(a, begin, end, counts, [&](int64_t row, acc_t<T>* most, int32_t* taken) {
@@ -201,8 +201,8 @@ void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int64_t* co
   });
 }
 
-void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,
-                     int64_t n, int64_t k, int64_t map, int64_t begin, int64_t end) {
+inline void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,
+                            int64_t n, int64_t k, int64_t map, int64_t begin, int64_t end) {
   dispatch(dtype, [&]<class T>() {
     const int64_t bytes = (n + kLanes - 1) / kLanes * 2;
     for (int64_t row = begin; row < end; row++) {
@@ -257,8 +257,8 @@ void moments_of(const T* x, bool channels_last, int64_t C, int64_t pixels, doubl
   }
 }
 
-void moments(DType dtype, const void* x, bool channels_last, int64_t C, int64_t pixels, double* moments, int64_t begin,
-             int64_t end) {
+inline void moments(DType dtype, const void* x, bool channels_last, int64_t C, int64_t pixels, double* moments, int64_t begin,
+                    int64_t end) {
   dispatch(dtype, [&]<class T>() {
     auto* sums = static_cast<acc_t<T>*>(scratch(kPooled, size_t(2 * C) * sizeof(acc_t<T>)));
     for (int64_t row = begin; row < end; row++)
@@ -267,7 +267,7 @@ void moments(DType dtype, const void* x, bool channels_last, int64_t C, int64_t 
   });
 }
 
-void norm_grad_sums(const NormGradArgs& a, double* sums, int64_t begin, int64_t end) {
+inline void norm_grad_sums(const NormGradArgs& a, double* sums, int64_t begin, int64_t end) {
   const int64_t bytes = (a.n + kLanes - 1) / kLanes * 2;
   dispatch(a.dtype, [&]<class T>() {
     for (int64_t row = begin; row < end; row++) {
@@ -283,7 +283,7 @@ void norm_grad_sums(const NormGradArgs& a, double* sums, int64_t begin, int64_t 
   });
 }
 
-void norm_grad(const NormGradArgs& a, const double* means, int64_t begin, int64_t end) {
+inline void norm_grad(const NormGradArgs& a, const double* means, int64_t begin, int64_t end) {
   const int64_t bytes = (a.n + kLanes - 1) / kLanes * 2, map = a.C * a.pixels;
   dispatch(a.dtype, [&]<class T>() {
     using A = acc_t<T>;

@@ -19,11 +19,11 @@ struct LinearSupport {
 // of the inputs, by number of weights that an output has there, by output, by input.
 struct LinearPlan {
   int64_t inputs, outputs;
-  const int32_t* cells;  // (output parts * input parts + 1,): where the outputs of each part of both begin
-  const int32_t* starts; // (entries + 1,): where the weights of each of these begin
-  const int32_t* output; // (entries,)
-  const int32_t* input;  // (weights,): number within its part
-  const int32_t* source; // (weights,): which stored weight it is
+  const int32_t* cells = nullptr;  // (output parts * input parts + 1,): where the outputs of each part of both begin
+  const int32_t* starts = nullptr; // (entries + 1,): where the weights of each of these begin
+  const int32_t* output = nullptr; // (entries,)
+  const int32_t* input = nullptr;  // (weights,): number within its part
+  const int32_t* source = nullptr; // (weights,): which stored weight it is
 };
 constexpr int64_t kPlanOutputs = 256, kPlanInputs = 96;
 
