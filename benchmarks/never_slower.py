@@ -6,7 +6,7 @@ The cases are drawn from the product of everything in LINEAR and CONV, half of e
 A case that is measured under 0.95x is measured again, twice as long each time, and counts as slower only if it stays under
 0.95x three times in a row: on a shared machine a single short measurement errs by more than 5 % now and then. Its last
 measurement, the longest, is what is written down.
-With --csv each result is written as it comes, and a run that was stopped goes on where it was.
+With --csv each result is written as it comes, and a run that was stopped goes on where it was, if on the same commit.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=600, metavar="N", help="how many (default: 600)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write each result here, and go on where it ends")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write each result here, or go on where it ends")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     where = environment("cpu", torch.float32)
-    rows, file = resumed(arguments.csv)
+    rows, file = resumed(arguments.csv, where)
     done = {tuple(row[name] for name in NAMES) for row in rows}
     todo = [values for values in grid(arguments.cases) if tuple(values[name] for name in NAMES) not in done]
     wrong = 0
@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong or any(float(row["speedup"]) < FLOOR for row in rows) else 0
 
 
-def resumed(path: Path | None) -> tuple[list[dict], contextlib.AbstractContextManager]:
-    """The rows that a file has already, and the file, open at its end."""
+def resumed(path: Path | None, where: dict[str, str]) -> tuple[list[dict], contextlib.AbstractContextManager]:
+    """The rows that a file has already, and the file, open at its end. Those of another commit or machine are dropped."""
     if path is None:
         return [], open(os.devnull, "w")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,14 @@ def resumed(path: Path | None) -> tuple[list[dict], contextlib.AbstractContextMa
     if path.exists():
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
+        if any(_origin(row) != _origin(where) for row in rows):
+            rows = []
     return rows, open(path, "a" if rows else "w", newline="")
+
+
+def _origin(row: dict[str, str]) -> list[str]:
+    """What figures have in common that may stand in one table."""
+    return [str(row[name]) for name in ENVIRONMENT if name not in ("dtype", "date")]
 
 
 def grid(cases: int) -> list[dict[str, str]]:

@@ -131,7 +131,10 @@ def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        # Result files and what is made from them may change: one run writes several.
+        code = [":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md"]
+        status = [*git, "status", "--porcelain", "-uno", "--", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

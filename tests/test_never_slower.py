@@ -56,6 +56,17 @@ def test_goes_on_where_it_was_stopped(short, tmp_path, capsys):
     assert "4 cases: 0 under" in capsys.readouterr().out
 
 
+def test_begins_anew_for_another_commit(short, tmp_path):
+    path = tmp_path / "grid.csv"
+    never_slower.main(["--cases", "2", "--csv", str(path)])
+    with open(path, newline="") as file:
+        old = next(csv.DictReader(file))["commit"]
+    path.write_text(path.read_text().replace(old, "another"))
+    assert never_slower.main(["--cases", "2", "--csv", str(path)]) == 0
+    with open(path, newline="") as file:
+        assert [row["commit"] for row in csv.DictReader(file)] == [old] * 2
+
+
 def test_a_slower_case_is_measured_again_and_fails_the_run(short, monkeypatch, capsys):
     monkeypatch.setattr(never_slower, "FLOOR", 1e9)
     assert never_slower.main(["--cases", "2"]) == 1
