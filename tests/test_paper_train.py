@@ -115,6 +115,31 @@ def test_more_epochs_go_on_from_the_finished_run(tmp_path, uninterrupted):
     assert_same(result(longer), uninterrupted)
 
 
+def test_each_epoch_has_an_order_and_each_step_draws_of_its_own(tmp_path, monkeypatch):
+    # PyTorch's CPU generator takes 32 bits of a seed: what tells seeds apart further up draws the same numbers.
+    drawn, batch = [], Data.batch
+
+    def drawing(self, indices, rows, generator):
+        drawn.append((tuple(indices.tolist()), float(torch.rand((), generator=generator, dtype=torch.float64))))
+        return batch(self, indices, rows)
+
+    monkeypatch.setattr(Data, "batch", drawing)
+    one_batch = Configuration(replace(NETWORK, first=60))
+    run(tmp_path / "42", one_batch).train(3)
+    run(tmp_path / "43", replace(one_batch, seed=43)).train(3)
+    orders, numbers = (set(of_step) for of_step in zip(*drawn, strict=True))
+    assert len(orders) == len(numbers) == 6
+
+
+def test_ranks_and_epochs_drop_other_units(tmp_path):
+    trained, numbers = run(tmp_path), set()
+    for trained.epoch in range(3):
+        for rank in range(4):
+            torch.manual_seed(trained._seed("dropout", rank))
+            numbers.add(float(torch.rand((), dtype=torch.float64)))
+    assert len(numbers) == 12
+
+
 def test_nothing_is_trained_twice(tmp_path):
     run(tmp_path).train(1)
     data = Data()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -109,7 +110,7 @@ class Run:
         self.forward = self.model
         if distributed.world_size() > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.model)
-            torch.manual_seed(configuration.seed + (distributed.rank() << 32) + (self.epoch << 48))  # dropout's
+            torch.manual_seed(self._seed("dropout", distributed.rank()))
         distributed.barrier()  # no rank writes while another one still reads
         self._write_log()
 
@@ -150,7 +151,7 @@ class Run:
         self.seconds = time.perf_counter() - started
 
     def _train_step(self, indices: torch.Tensor) -> None:
-        generator = torch.Generator().manual_seed(self._seed(self.step + 1))
+        generator = torch.Generator().manual_seed(self._seed("step", self.step))
         x, labels = self.data.batch(indices, distributed.share(len(indices)), generator)
         loss_sum = F.nll_loss(self.forward(x), labels, reduction="sum")
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,13 +159,14 @@ class Run:
         self.optimizer.step()
         self.loss_sum += loss_sum.detach()
 
-    def _seed(self, step: int) -> int:
-        """Of what is drawn for a step, counted from 1, or for the epoch's order, step 0."""
-        return self.configuration.seed + (self.epoch << 32) + (step << 40)
+    def _seed(self, what: str, index: int = 0) -> int:
+        """Of what is drawn anew in each epoch: 32 bits, since PyTorch's CPU generator ignores all others."""
+        drawn = f"{self.configuration.seed} {self.epoch} {what} {index}"
+        return int.from_bytes(hashlib.blake2b(drawn.encode(), digest_size=4).digest(), "little")
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         """The epoch's batches of training indices."""
-        generator = torch.Generator().manual_seed(self._seed(0))
+        generator = torch.Generator().manual_seed(self._seed("order"))
         order = torch.randperm(len(self.data), generator=generator).to(self.device)
         return order.split(self.network.first if self.epoch == 0 else self.network.batch)
 
