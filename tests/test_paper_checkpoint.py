@@ -56,6 +56,18 @@ def test_a_damaged_one_is_named_and_the_previous_one_taken(tmp_path, damage):
     assert len(lines) == 1
 
 
+def test_of_several_ranks_one_sets_the_damaged_one_aside(tmp_path):
+    for number in range(2):
+        checkpoint.save(tmp_path, state(number))
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(damage_cut(path.read_bytes()))
+    assert checkpoint.load(tmp_path, report=silent, set_aside=False)["number"] == 0
+    assert path.exists()
+    assert checkpoint.load(tmp_path, report=silent)["number"] == 0
+    assert not path.exists()
+    assert checkpoint.load(tmp_path, report=silent, set_aside=False)["number"] == 0
+
+
 def test_all_damaged(tmp_path):
     checkpoint.save(tmp_path, state(0))
     checkpoint.save(tmp_path, state(1))

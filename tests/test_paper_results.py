@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from sparsekern.paper import results
+from sparsekern.paper import checkpoint, results
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
 
 CONFIGURATION = {"network": {"k": [400, 300]}, "seed": 42}
@@ -67,18 +67,63 @@ def test_another_configuration_is_refused(tmp_path):
         results.made_once(path, {"network": {"k": [1]}, "seed": 42}, never, report=silent)
 
 
-def test_a_kill_between_checksum_and_content_is_noticed(tmp_path, monkeypatch):
+STEPS = 6  # of write_checked: content and checksum to the disk, one renamed, the folder, the other renamed, the folder
+
+
+def dying_at(step, monkeypatch, error):
+    """From here on the writer fails at its step of this number, a file's write after half of the content."""
+    done = 0
+
+    def dying(function):
+        def call(*args):
+            nonlocal done
+            done += 1
+            if done <= step:
+                return function(*args)
+            if function is write_synced:
+                args[0].write_bytes(args[1][: len(args[1]) // 2])
+            raise error
+
+        return call
+
+    write_synced = checkpoint.write_synced
+    for module in (results, checkpoint):
+        monkeypatch.setattr(module, "write_synced", dying(write_synced))
+    monkeypatch.setattr(results, "sync_folder", dying(checkpoint.sync_folder))
+    monkeypatch.setattr(results.os, "replace", dying(results.os.replace))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_kill_or_a_full_disk_leaves_the_old_result_or_the_new(tmp_path, monkeypatch, step, first, error):
+    path = tmp_path / "table.csv"
+    old, new = ({"n": "1"}, {"n": "2"})
+    if not first:
+        results.write(path, Result({}, [old], {}))
+    with monkeypatch.context() as patch:
+        dying_at(step, patch, error)
+        with pytest.raises(type(error)):
+            results.write(path, Result({}, [new], {}))
+    if step > 2:  # the checksum has been renamed
+        assert results.read(path).rows == [new]
+        assert path.exists()
+    elif first:
+        with pytest.raises(FileNotFoundError, match=r"table\.csv"):
+            results.read(path)
+    else:
+        assert results.read(path).rows == [old]
+    results.write(path, Result({}, [old, new], {}))
+    assert results.read(path).rows == [old, new]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["table.csv", "table.csv.sha256"]
+
+
+def test_what_a_killed_writer_left_is_never_taken_for_the_result(tmp_path):
     path = tmp_path / "table.csv"
     results.write(path, Result({}, ROWS, {}))
-    real = results.write_atomically
-
-    def full_disk(target, content):
-        if target == path:
-            raise OSError("No space left on device")
-        real(target, content)
-
-    monkeypatch.setattr(results, "write_atomically", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        results.write(path, Result({}, ROWS[:1], {}))
-    with pytest.raises(DamagedResult):
+    content = path.read_bytes()
+    checkpoint.beside(path).write_bytes(content[:-1])
+    assert results.read(path).configuration == {}
+    path.write_bytes(content[:-2])
+    with pytest.raises(DamagedResult, match=r"table\.csv"):
         results.read(path)

@@ -32,33 +32,38 @@ def save(folder: Path, state: dict) -> None:
     torch.save(state, buffer)
     payload = buffer.getbuffer()
     header = MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
-    current, new = folder / NAME, folder / (NAME + ".new")
-    _write_synced(new, header, payload)
+    current = folder / NAME
+    new = beside(current)
+    write_synced(new, header, payload)
     if current.exists():
         os.replace(current, folder / PREVIOUS)  # killed here, load goes on from the previous one
     os.replace(new, current)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def load(folder: Path, *, report=print) -> dict | None:
+def load(folder: Path, *, report=print, set_aside: bool = True) -> dict | None:
     """The newest checkpoint that is whole; None where there is none.
 
     A damaged one is reported and set aside as ``NAME.damaged``, so that it never takes the place of the good one.
+
+    Args:
+        folder: of the run.
+        report: called with a line of text about a damaged one.
+        set_aside: of several processes that load at a time, one may rename.
 
     Raises:
         DamagedCheckpoint: there are checkpoints, and all are damaged.
     """
     problems = []
     for name in (NAME, PREVIOUS):
-        path = folder / name
-        if not path.exists():
-            continue
         try:
-            state = read(path)
+            state = read(folder / name)
+        except FileNotFoundError:  # or set aside by another process
+            continue
         except DamagedCheckpoint as damage:
             problems.append(str(damage))
             continue
-        if problems:
+        if problems and set_aside:
             os.replace(folder / NAME, folder / (NAME + ".damaged"))
             report(f"{problems[0]}; set aside as {NAME}.damaged, going on from {name}")
         return state
@@ -110,20 +115,26 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that is either whole or not there under its name."""
-    beside = path.with_name(path.name + ".new")
-    _write_synced(beside, content)
-    os.replace(beside, path)
+    write_synced(beside(path), content)
+    os.replace(beside(path), path)
 
 
-def _write_synced(path: Path, *parts) -> None:
+def beside(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.with_name(path.name + ".new")
+
+
+def write_synced(path: Path, *parts) -> None:
+    """Writes a file that is on the disk when this returns."""
     with open(path, "wb") as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the renames last through a power cut
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder last through a power cut."""
+    if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

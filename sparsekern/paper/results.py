@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sparsekern as sk
-from sparsekern.paper.checkpoint import write_atomically
+from sparsekern.paper.checkpoint import beside, sync_folder, write_atomically, write_synced
 
 FOLDER = Path("docs/results")
 
@@ -88,21 +91,50 @@ def read(path: Path) -> Result:
 
 
 def write_checked(path: Path, content: bytes) -> None:
-    """Writes a file and ``NAME.sha256`` beside it, which ``sha256sum -c`` reads."""
+    """Writes a file and ``NAME.sha256`` beside it, which ``sha256sum -c`` reads.
+
+    Killed or out of space at any moment, the old content or the new is there whole: the new one lies as ``NAME.new`` on
+    the disk before the checksum, whose renaming decides between the two.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(_checksum_path(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
-    write_atomically(path, content)  # killed before this, the checksum tells that the file is not the new one
+    new = beside(path)
+    write_synced(new, content)
+    write_atomically(_checksum_path(path), f"{_sha256(content)}  {path.name}\n".encode())
+    sync_folder(path.parent)  # the two renames last in this order
+    _finish(new, path)
+    sync_folder(path.parent)
 
 
 def read_checked(path: Path) -> bytes:
-    content = path.read_bytes()
-    beside = _checksum_path(path)
-    if not beside.exists():
-        raise DamagedResult(f"{path}: its checksum {beside.name} is not there")
-    wanted, found = beside.read_text().split(" ")[0], hashlib.sha256(content).hexdigest()
-    if wanted != found:
-        raise DamagedResult(f"{path}: wants SHA-256 {wanted[:12]}..., got {found[:12]}... of {len(content)} bytes")
-    return content
+    """The content that the checksum is of, from ``NAME.new`` where its writer was killed before the last renaming.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedResult: the file is not whole, or has no checksum.
+    """
+    new, checksum = beside(path), _checksum_path(path)
+    wanted = checksum.read_text().split(" ")[0] if checksum.exists() else None
+    content = path.read_bytes() if path.exists() else None
+    if content is not None and _sha256(content) == wanted:
+        return content
+    if new.exists() and _sha256(newer := new.read_bytes()) == wanted:
+        _finish(new, path)
+        return newer
+    if content is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if wanted is None:
+        raise DamagedResult(f"{path}: its checksum {checksum.name} is not there")
+    found = _sha256(content)
+    raise DamagedResult(f"{path}: wants SHA-256 {wanted[:12]}..., got {found[:12]}... of {len(content)} bytes")
+
+
+def _finish(new: Path, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # another process has; a reader may not
+        os.replace(new, path)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_as(path: Path, configuration: dict, *, report=print) -> Result | None:

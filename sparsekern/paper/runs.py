@@ -37,7 +37,10 @@ def gather(path: Path, configurations: list[Configuration], obtain: Callable, re
         ConfigurationMismatch: the file, or a run, is of another configuration.
         DamagedResult: the file is not whole.
     """
-    table = results.read(path) if path.exists() else Result({"data": None, "runs": {}}, [], {})
+    try:
+        table = results.read(path)
+    except FileNotFoundError:
+        table = Result({"data": None, "runs": {}}, [], {})
     for c in configurations:
         if c.label in table.configuration["runs"]:
             results.check_configuration(path, table.configuration["runs"][c.label], c.shared())
@@ -86,10 +89,10 @@ def set_aside_if_damaged(path: Path, configuration: Configuration, report=print)
     Raises:
         ConfigurationMismatch: the file is of another configuration.
     """
-    if not path.exists():
-        return
     try:
         found = results.read(path).configuration
+    except FileNotFoundError:
+        return
     except DamagedResult as damage:
         path.replace(path.with_name(path.name + ".damaged"))
         report(f"{damage}; set aside as {path.name}.damaged")

@@ -83,7 +83,7 @@ class Run:
         self.checkpoint_every = checkpoint_every
         self.identity = configuration.identity(data)
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = checkpoint.load(self.folder, report=report)
+        state = checkpoint.load(self.folder, report=report, set_aside=distributed.rank() == 0)
         if state is not None:
             results.check_configuration(self.folder, state["identity"], self.identity)
 
@@ -176,7 +176,9 @@ class Run:
         samples = len(self.data.test_labels)
         chosen_by = {}
         if hasattr(self.data, "validation_batches"):
-            chosen_by["validation_accuracy"] = validation_accuracy(self.model, self.data)
+            chosen_by["validation_accuracy"] = validation_accuracy(
+                self.model, self.data, partial(progress, f"validate {self.epoch + 1}")
+            )
         return {
             "epoch": self.epoch + 1,
             "loss": float(distributed.summed(self.loss_sum)) / len(self.data),
