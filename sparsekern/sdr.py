@@ -83,8 +83,8 @@ def simulate_scalar(
 ) -> float:
     """The fraction of random scalar vectors that match a random prototype (equation 4), by trial.
 
-    The prototype's s non-zero components are uniform in [-1/s, 1/s], those of the input in ``scale * [0, 2/s]``, so that
-    at scale 1 both have the same mean magnitude; every trial draws both.
+    The prototype's s non-zero components are uniform in [-1/s, 1/s], those of the input in ``scale * [0, 2/s]`` (equation
+    5); every trial draws both.
 
     Args:
         n: dimension.

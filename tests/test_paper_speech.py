@@ -59,7 +59,16 @@ def test_batches(whole):
     assert noisy.mean() > quiet.mean() + 20  # dB: white noise fills the silence
     [(again, _)] = Speech(whole).test_batches(0.5, 100)
     assert torch.equal(noisy, again)
-    assert sum(len(labels) for _, labels in data.validation_batches(4)) == 10
+    batches = [list(data.validation_batches(4)) for _ in range(2)]
+    assert [len(labels) for _, labels in batches[0]] == [4, 4, 2]
+    assert all(a[0].data_ptr() == b[0].data_ptr() for a, b in zip(*batches, strict=True))  # taken once
+
+
+def test_a_download_that_the_part_stands_in_the_way_of_is_named(tmp_path, capsys):
+    (tmp_path / speech.PART).write_bytes(b"")
+    with pytest.raises(ValueError, match="not the original file"):
+        Speech(tmp_path, fetch=True)
+    assert "nothing is downloaded" in capsys.readouterr().out
 
 
 def test_what_is_not_there_is_named(whole, tmp_path):

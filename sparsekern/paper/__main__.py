@@ -10,7 +10,7 @@ try:
     import matplotlib  # noqa: F401
     import rich  # noqa: F401
 except ImportError:
-    sys.exit("sparsekern.paper: wants rich and matplotlib; run: pip install 'sparsekern[paper]'")
+    sys.exit("sparsekern.paper: wants rich and matplotlib; run: pip install -e '.[paper]' in a checkout")
 
 from sparsekern.paper import report, sweep, train
 from sparsekern.paper.checkpoint import DamagedCheckpoint

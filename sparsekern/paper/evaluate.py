@@ -21,22 +21,27 @@ def correct_by_noise_level(model: nn.Module, data, progress=lambda done, of: Non
     model.eval()
     counts = []
     for eta in data.noise_levels:
-        counts.append(_correct(model, data.test_batches(eta, BATCH)))
+        counts.append(_correct(model, data.test_batches(eta, BATCH))[0])
         progress(len(counts), len(data.noise_levels))
     return counts
 
 
-def validation_accuracy(model: nn.Module, data) -> float:
-    """The accuracy that the best epoch is chosen by, of data with ``validation_batches``."""
+def validation_accuracy(model: nn.Module, data, progress=lambda done, of: None) -> float:
+    """The accuracy that the best epoch is chosen by, of data with ``validation_batches``; progress as above."""
     model.eval()
-    samples = sum(len(labels) for _, labels in data.validation_batches(BATCH))
-    return _correct(model, data.validation_batches(BATCH)) / samples
+    progress(0, 1)
+    correct, samples = _correct(model, data.validation_batches(BATCH))
+    progress(1, 1)
+    return correct / samples
 
 
 @torch.inference_mode()
-def _correct(model: nn.Module, batches) -> int:
+def _correct(model: nn.Module, batches) -> tuple[int, int]:
+    """How many samples of all ranks the model gets right, and of how many."""
     correct = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+    samples = 0
     for i, (x, labels) in enumerate(batches):
+        samples += len(labels)
         if i % distributed.world_size() == distributed.rank():
             correct += (model(x).argmax(1) == labels).sum()
-    return int(distributed.summed(correct))
+    return int(distributed.summed(correct)), samples

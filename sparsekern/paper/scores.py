@@ -144,7 +144,9 @@ def _compare(name: str, label: str, by_run: dict) -> list[list[str]]:
     try:
         from scipy import stats
     except ImportError:
-        raise ValueError("wants scipy for the significance tests; run: pip install 'sparsekern[paper]'") from None
+        raise ValueError(
+            "wants scipy for the significance tests; run: pip install -e '.[paper]' in a checkout"
+        ) from None
     rows = []
     for reading, choose in READINGS.items():
         one, fast = (Scores.read(by_run[run], choose) for run in (name, label))

@@ -67,7 +67,9 @@ class Speech:
     def __init__(self, folder: Path | None = None, *, seed: int = 42, fetch: bool = False, device="cpu"):
         folder = default_folder() if folder is None else Path(folder)
         self.folder = folder
-        if fetch and not (folder / PART).is_file():
+        if fetch and (folder / PART).is_file():
+            print(f"nothing is downloaded: {folder} holds {PART}; --data DIR names a folder for the whole data set")
+        elif fetch:
             fetch_whole(folder)
         if (folder / TESTING).is_file():
             splits, self.checksum = read_whole(folder)
@@ -84,6 +86,7 @@ class Speech:
         self.validation = held_out.get("validation")
         self.seed = seed
         self._test_inputs: dict[float, Tensor] = {}
+        self._validation_inputs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,7 +115,9 @@ class Speech:
             yield from self.test_batches(0.0, size)
             return
         clips, labels = self.validation
-        yield from zip(self._spectrograms(clips, 0.0).split(size), labels.split(size), strict=True)
+        if self._validation_inputs is None:
+            self._validation_inputs = self._spectrograms(clips, 0.0)
+        yield from zip(self._validation_inputs.split(size), labels.split(size), strict=True)
 
     def _spectrograms(self, clips: Tensor, eta: float) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -265,7 +270,7 @@ def _soundfile():
     try:
         import soundfile
     except ImportError:
-        raise ValueError("speech: wants the package soundfile; run: pip install 'sparsekern[paper]'") from None
+        raise ValueError("speech: wants the package soundfile; run: pip install -e '.[paper]' in a checkout") from None
     return soundfile
 
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("snakemake") is None:
-        raise ValueError("wants Snakemake; run: pip install 'sparsekern[sweep]'")
+        raise ValueError("wants Snakemake; run: pip install -e '.[paper,sweep]' in a checkout")
     return subprocess.run(snakemake_command(arguments)).returncode
 
 
