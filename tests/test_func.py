@@ -56,6 +56,22 @@ def test_grad_and_vmap_of_it(function):
     torch.testing.assert_close(vmap(grad(loss(f)))(x), wanted)
 
 
+@pytest.mark.parametrize("strides", ["channels-last", "neither"])
+def test_vmap_of_a_convolution_of_maps_that_are_not_contiguous(strides):
+    """vmap cannot say whether a map is channels-last."""
+    layer, x = sk.SparseConv2d(3, 5, 3, padding=1), torch.randn(4, 2, 3, 6, 5)
+    x = x.movedim(2, -1).contiguous().movedim(-1, 2) if strides == "channels-last" else x.transpose(-1, -2)
+    wanted = torch.stack([layer(sample) for sample in x])
+    torch.testing.assert_close(vmap(layer)(x), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(layer)(x), wanted)
+
+    def gradient(sample):
+        return grad(lambda x: layer(x).pow(3).sum())(sample)
+
+    torch.testing.assert_close(vmap(gradient)(x), torch.stack([gradient(sample) for sample in x]))
+
+
 @pytest.mark.parametrize("layer", [f for f, _ in FUNCTIONS.values() if isinstance(f, nn.Module)], ids=str)
 def test_gradients_of_each_sample(layer):
     shape = (10,) if isinstance(layer, sk.SparseLinear) else (3, 5, 5)

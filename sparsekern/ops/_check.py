@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -40,6 +41,11 @@ def shape(op: str, name: str, t: Tensor, wanted: tuple[int, ...]) -> None:
     is_tensor(op, name, t)
     if tuple(t.shape) != wanted:
         raise ValueError(f"{op}: wants {name} of shape {wanted}, got {tuple(t.shape)}")
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is that in memory; False under vmap, which cannot tell, so that x is made contiguous there."""
+    return not are_transforms_active() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def has_values(op: str, name: str, t: Tensor) -> None:

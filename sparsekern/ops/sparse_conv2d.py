@@ -87,7 +87,7 @@ class SparseConv2dFunction(Function):
 
 
 def _is_dense_image(x: Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous() or _check.is_channels_last(x)
 
 
 def _dense_strides(x: Tensor) -> Tensor:
