@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from arguments import ONLY, at_least, no_gpu, nothing_to_run
 from cases import Case, Options
 from checking import WrongResult
 from layer_cases import layer_cases
 from network_cases import network_cases
 from progress import progress
-from report import OTHERS, Result, caption, environment, table_lines, write_csv
+from report import LEGEND, OTHERS, Result, caption, dense_forms, environment, table_lines, write_csv
 from timing import interleaved
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -29,17 +29,19 @@ SECONDS = {"quick": 1.0, "full": 6.0}  # of timing, for each case
 def main(argv: list[str] | None = None) -> int:
     """Runs the comparison; 0, or 1 after a wrong result, or 2 where nothing could be run."""
     arguments = parse(argv)
+    if no_gpu("compare_dense", arguments.device):
+        return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    cases = [case for case in all_cases() if arguments.only is None or arguments.only.search(str(case))]
-    if not cases:
-        print(f"compare_dense: no case matches {arguments.only.pattern!r}", file=sys.stderr)
+    cases = [case for case in all_cases() if arguments.only.search(str(case))]
+    if nothing_to_run("compare_dense", arguments.only, cases):
         return 2
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: TF32 would be outside the bounds
     options = Options(arguments.device, DTYPES[arguments.dtype], compiled=arguments.full)
     where = environment(options.device, options.dtype)
     print(caption(where))
-    print(f"Checked against float64 first, then timed side by side; dense is the best of {forms(options)}.\n")
+    print(f"Checked against float64 first, then timed side by side. Dense is {dense_forms(options.compiled)}.")
+    print(f"{LEGEND}\n")
     results, wrong = [], []
     others = [role for role in OTHERS if options.dtype in OTHERS[role]]
     with progress(cases) as shown:
@@ -56,36 +58,18 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def forms(options: Options) -> str:
-    return "as written, channels-last and compiled" if options.compiled else "as written and channels-last"
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="under three minutes, nothing compiled (the default)")
     extent.add_argument("--full", action="store_true", help="more repeats, and torch.compile among the rivals")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
-    parser.add_argument("--only", type=_pattern, metavar="PATTERN", help="cases in whose name this is found (a regex)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: float32)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--only", **ONLY)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every timing here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups here (PNG or SVG)")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wants at least 1, got {value}")
-    return value
-
-
-def _pattern(text: str) -> re.Pattern:
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
 
 
 def all_cases() -> list[Case]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
+from arguments import ONLY, nothing_to_run
 from progress import progress
 from report import ENVIRONMENT, caption, environment
 from timing import interleaved
@@ -81,17 +81,22 @@ def lines() -> Iterator[Line]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--only", default="", metavar="PATTERN", help="lines in whose name this is found (a regex)")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="(default: float32)"
+    )
+    parser.add_argument("--only", **ONLY)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every figure here")
     arguments = parser.parse_args(argv)
+    chosen = [line for line in lines() if arguments.only.search(str(line))]
+    if nothing_to_run("crossovers", arguments.only, chosen):
+        return 2
     torch.set_num_threads(1)
     dtype = getattr(torch, arguments.dtype)
     where = environment("cpu", dtype)
     print(caption(where))
     rows = [COLUMNS]
     print(_aligned(COLUMNS))
-    with progress([line for line in lines() if re.search(arguments.only, str(line))]) as shown:
+    with progress(chosen) as shown:
         for line in shown:
             speedups = [speedup(line, active, dtype) for active in ACTIVE]
             figures = [f"{s:.2f}" for s in speedups]

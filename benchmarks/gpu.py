@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import autoencoder
+from arguments import ONLY, no_gpu, nothing_to_run
 from cases import Options
 from checking import WrongResult
 from gpu_cases import CASES, Row, with_tf32
@@ -36,14 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     """0, or 1 after a wrong result or a row that could not be run, or 2 where nothing could be run."""
     arguments = parse(argv)
     device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("gpu: no GPU that PyTorch can use; --device cpu rehearses", file=sys.stderr)
+    if no_gpu("gpu", device):
+        return 2
+    rows = {name: work for name, work in every_row(arguments).items() if arguments.only.search(name)}
+    if nothing_to_run("gpu", arguments.only, list(rows)):
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     where = gpu_environment(device, "as named")
     where["commit"] = arguments.commit or where["commit"]
     print(caption(where), flush=True)
-    rows = {name: work for name, work in every_row(arguments).items() if arguments.only.search(name)}
     results, failed = [], []
     began = time.perf_counter()
     for name, work in rows.items():
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if on_gpu(device):
             torch.cuda.empty_cache()
     print("\n" + "\n".join(["every row was measured"] if not failed else ["NOT MEASURED:", *failed]))
-    return 1 if failed else 0 if rows else 2
+    return 1 if failed else 0
 
 
 def measure(name: str, work: Callable[[], Iterator[Result]], failed: list[str]) -> Iterator[Result]:
@@ -81,10 +83,9 @@ def measure(name: str, work: Callable[[], Iterator[Result]], failed: list[str]) 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    pattern = {"type": lambda t: re.compile(t, re.I), "default": re.compile(""), "metavar": "PATTERN"}
-    parser.add_argument("--only", **pattern, help="rows with this in them")
-    parser.add_argument("--seconds", type=float, default=480, help="after which no further row is begun")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses (default: cuda)")
+    parser.add_argument("--only", **ONLY)
+    parser.add_argument("--seconds", type=float, default=480, help="after which no row is begun (default: 480)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--commit", default="", help="what the CSV file says where git does not know")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every timing here")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import sparsekern as sk
+from arguments import ONLY, no_gpu, nothing_to_run
 from gpu_cases import BF16, F32, error_of, sparse_rows
 from gpu_timing import GRAPHED, on_gpu, timings
 
@@ -43,17 +43,18 @@ DENSE = ("dense layer", "eager")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="PATTERN")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses (default: cuda)")
+    parser.add_argument("--only", **ONLY)
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_crossovers: no GPU that PyTorch can use; --device cpu rehearses", file=sys.stderr)
+    if no_gpu("gpu_crossovers", arguments.device):
+        return 2
+    chosen = {name: measure for name, measure in rows(arguments.device).items() if arguments.only.search(name)}
+    if nothing_to_run("gpu_crossovers", arguments.only, list(chosen)):
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    for name, measure in rows(arguments.device).items():
-        if arguments.only.search(name):
-            print(f"{name:<42}" + measure(), flush=True)
+    for name, measure in chosen.items():
+        print(f"{name:<42}" + measure(), flush=True)
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Takes every committed figure again and writes the tables of README.md and docs/performance.md. Run it on an idle machine.
+# Takes every CPU figure of README.md and docs/performance.md again and writes their tables. Run it on an idle machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=benchmarks/results

@@ -3,6 +3,7 @@
 python benchmarks/never_slower.py [--cases N] [--csv FILE]
 
 The cases are drawn from the product of everything in LINEAR and CONV, half of each, always the same ones in the same order.
+An odd number of cases is rounded down.
 A case that is measured under 0.95x is measured again, twice as long each time, and counts as slower only if it stays under
 0.95x three times in a row: on a shared machine a single short measurement errs by more than 5 % now and then. Its last
 measurement, the longest, is what is written down.
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
+from arguments import at_least
 from cases import in_turn
 from checking import Call, DenseReference, WrongResult
 from progress import progress
-from report import ENVIRONMENT, caption, environment
+from report import ENVIRONMENT, FLOOR, caption, environment
 from timing import interleaved
 
-FLOOR = 0.95
 SECONDS = (0.4, 0.8, 1.6)  # of each measurement of a case, the later ones only while it is under the floor
 FORWARD = "forward"
 TRAINING = "training"  # dense gradient, gradient of the input everywhere
@@ -87,8 +88,8 @@ class Case:
 def main(argv: list[str] | None = None) -> int:
     """Runs the grid; 1 where a case is slower or wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=600, metavar="N", help="how many (default: 600)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--cases", type=at_least(2), default=600, metavar="N", help="how many (default: 600)")
+    parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write each result here, or go on where it ends")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

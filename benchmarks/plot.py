@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from report import OTHERS, Result, caption
+from report import FLOOR, OTHERS, Result, caption
 
 FASTER, SLOWER, INK, PALE = "#2a6f97", "#c8553d", "#333333", "#dddddd"
 MARKS = {
@@ -41,7 +41,7 @@ def plot(path: Path, results: list[Result], where: dict[str, str]) -> None:
 def _draw(axes, result: Result, y: float) -> None:
     """The bar, its figure in a column at the right, and the marks."""
     speedup = result.speedup()
-    color = FASTER if speedup >= 1 else SLOWER
+    color = FASTER if speedup >= FLOOR else SLOWER
     axes.barh(y, speedup - 1, left=1, height=0.72, color=color)
     axes.text(
         1.01, y, f"{speedup:.{1 if speedup >= 10 else 2}f}x", va="center", weight="bold", color=color,

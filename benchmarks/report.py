@@ -18,6 +18,7 @@ from sparsekern.paper.results import processor
 from timing import Timing
 
 OURS, DENSE = "sparsekern", "dense"
+FLOOR = 0.95  # of dense, under which a layer counts as slower
 OTHERS = {  # further rivals, which have a column of their own, and the dtypes in which they are timed
     "plain": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "bf16": (torch.float32,),
@@ -28,6 +29,11 @@ COLUMNS = (
     "case", "work", "batch", "savings", "max_error", "role", "implementation", "ms", "ms_low", "ms_high", "samples",
     *ENVIRONMENT,
 )  # fmt: skip
+LEGEND = (
+    "G: group_size, d: density, k: winners, B: samples in the batch; ±: half the distance of the quartiles. Savings: dense "
+    "products over those whose two factors both exist and are not zero; realised: speed-up over savings. Over plain, over "
+    "bf16: speed-up over the same network in plain PyTorch, over dense in bfloat16."
+)
 HEADER = ("layer or network", "B", "dense ms", "sparse ms", "speed-up", "savings", "realised", "max error")
 WIDTHS = (23, 4, 10, 11, 8, 7, 8, 9)
 
@@ -101,11 +107,22 @@ def _aligned(texts: list[str], widths: list[int]) -> str:
     return "  ".join([first, *rest]).rstrip()
 
 
+def dense_forms(compiled: bool) -> str:
+    """Which of the dense layer's forms count, of which the fastest is the rival."""
+    if compiled:
+        return "the fastest of as written, channels-last and compiled"
+    return "the faster of as written and channels-last (not compiled)"
+
+
 def caption(where: dict[str, str]) -> str:
+    """Where and on what was measured; the commit's "+" in the files stands for changes that were not yet committed."""
+    commit = where["commit"] or "unknown"
+    if commit.endswith("+"):
+        commit = f"{commit[:-1]} with changes"
     threads = f"{where['threads']} thread{'s' if where['threads'] != '1' else ''}"
     return (
         f"{where['hardware']}, {threads}, {where['dtype']}, torch {where['torch']}, kernels: {where['kernels']}, "
-        f"{where['date']}, commit {where['commit'] or 'unknown'}"
+        f"{where['date']}, commit {commit}"
     )
 
 

@@ -18,7 +18,6 @@ import contextlib
 import csv
 import ctypes
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from arguments import ONLY, nothing_to_run
 from cases import POOL, Case, Options
 from checking import Checked
 from layer_cases import layer_cases
@@ -46,9 +46,12 @@ WIDTHS = (44, 18, 4, 10, 8, 6, 13, 8, 10, 11, 18)
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="PATTERN", help="kernels in whose name this is found (a regex)")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--only", **ONLY)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every figure here")
     arguments = parser.parse_args(argv)
+    cases = [case for case in layer_cases() if arguments.only.search(str(case))]
+    if nothing_to_run("roofline", arguments.only, cases):
+        return 2
     torch.set_num_threads(1)
     peaks = measured_peaks()
     where = {**environment("cpu", torch.float32), "peaks": describe(peaks)}
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     print(where["peaks"])
     print(_aligned(COLUMNS))
     rows = []
-    with progress([case for case in layer_cases() if re.search(arguments.only, str(case))]) as shown:
+    with progress(cases) as shown:
         for case in shown:
             rows.append(row(case, peaks))
             print(_aligned(rows[-1]), flush=True)

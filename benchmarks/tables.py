@@ -9,11 +9,12 @@ import argparse
 import csv
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gpu_tables import gpu_table
-from report import DENSE, ENVIRONMENT, OTHERS, Result, caption, cells, over, read_csv
+from report import DENSE, ENVIRONMENT, FLOOR, LEGEND, OTHERS, Result, caption, cells, dense_forms, over, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,17 +107,31 @@ def readme_tables() -> dict[str, str]:
     ]
     rows = [[*cells(r)[:8], over(r, "plain"), over(r, "bf16")] for r in shown]
     notes = (
-        f"{caption(where)}. Checked against float64 first, then timed side by side. Dense is the fastest of as written, "
-        "channels-last and (with `--full`) `torch.compile`d, for a network that of the same widths with ReLU; plain is "
-        "the same network "
-        "in plain PyTorch (`topk`, masked weights). [All rows, and what bounds them](docs/performance.md)."
+        f"{LEGEND} Dense is {forms(results)}, for a network that of the same widths with ReLU. Checked against float64 "
+        "first, then timed side by side. [All rows, and what bounds them](docs/performance.md)."
     )
-    table = f"![Speed-up over dense PyTorch](docs/speed.png)\n\n{markdown(header, rows)}\n\n{notes}"
-    return {"speed table": table, **tables}
+    parts = [
+        "![Speed-up over dense PyTorch](docs/speed.png)", markdown(header, rows), wrapped(caption(where)),
+        wrapped(notes), wrapped(slower_in_short()),
+    ]  # fmt: skip
+    return {"speed table": "\n\n".join(filter(None, parts)), **tables}
+
+
+def forms(results: list[Result]) -> str:
+    """Which forms of the dense layers and networks are among the results."""
+    names = [name for result in results for role, name in result.timings if role == DENSE]
+    return dense_forms(any("compiled" in name for name in names))
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def performance_tables() -> dict[str, str]:
-    tables = [f"{caption(where)}\n\n{comparison_table(results)}" for results, where in comparisons()]
+    compared = comparisons()
+    tables = [f"{wrapped(caption(where))}\n\n{comparison_table(results)}" for results, where in compared]
+    if compared:
+        tables.append(wrapped(f"Dense is {forms([result for results, _ in compared for result in results])}."))
     return {
         "compare_dense": "\n\n".join(tables),
         "never_slower": never_slower_table(),
@@ -130,8 +145,9 @@ def missed() -> Iterator[str]:
         for result in results:
             for role, target in TARGETS.get((result.case, result.work, result.batch), {}).items():
                 if role in result.roles() and result.speedup(role) < target:
+                    threads = f"{where['threads']} thread{'s' if where['threads'] != '1' else ''}"
                     yield (
-                        f"{where['threads']} threads, {result.case}, {result.work}, B={result.batch}: "
+                        f"{threads}, {result.case}, {result.work}, B={result.batch}: "
                         f"{result.speedup(role):.2f}x over {role}, target {target:g}x"
                     )
 
@@ -164,29 +180,87 @@ def _target(result: Result, role: str) -> str:
     return f"{target:g}x {'reached' if result.speedup(role) >= target else 'missed'}"
 
 
-def never_slower_table() -> str:
-    """How many cases of the grid there are by kind, and every one that counts as slower."""
+def _grid() -> list[dict[str, str]]:
+    """The rows of never_slower.py, if it ran."""
     path = RESULTS / "never_slower.csv"
     if not path.exists():
-        return ""
+        return []
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+# What the slower cases have in common: a case belongs to the first that holds.
+SLOW_KINDS = {
+    "64 x 64 layers": lambda row: row["shape"] == "64x64",
+    "training steps of 1 to 4 samples": lambda row: row["work"] != "forward" and int(row["batch"]) <= 4,
+    "bfloat16": lambda row: row["dtype"] == "bfloat16",
+    "convolutions whose input is mostly active": lambda row: row["layer"] == "conv" and float(row["active"]) > 0.5,
+    "all else": lambda row: True,
+}
+
+
+def _slow_kinds(rows: list[dict[str, str]]) -> dict[str, list[float]]:
+    """The speed-ups of the cases of each kind."""
+    kinds: dict[str, list[float]] = {name: [] for name in SLOW_KINDS}
+    for row in rows:
+        kinds[next(name for name, holds in SLOW_KINDS.items() if holds(row))].append(float(row["speedup"]))
+    return {name: sorted(ratios) for name, ratios in kinds.items() if ratios}
+
+
+def _slow(ratios: list[float]) -> int:
+    return sum(ratio < FLOOR for ratio in ratios)
+
+
+def _outcome(rows: list[dict[str, str]]) -> str:
+    """How many of the grid's cases are slower than dense, and how far."""
+    ratios = [float(row["speedup"]) for row in rows]
+    threads = "one thread" if rows[0]["threads"] == "1" else f"{rows[0]['threads']} threads"
+    return (
+        f"Of {len(rows)} combinations of layer, density, group size, active fraction, batch, dtype and kind of work on "
+        f"{threads}, {_slow(ratios)} are below {FLOOR:g}x of the dense layer's speed, the lowest at {min(ratios):.2f}x"
+    )
+
+
+def slower_in_short() -> str:
+    """README's sentence on what is slower than dense."""
+    rows = _grid()
+    if not rows:
+        return ""
+    kinds = {name: _slow(ratios) for name, ratios in _slow_kinds(rows).items()}
+    parts = ", ".join(f"{name} ({count})" for name, count in kinds.items() if count)
+    return f"{_outcome(rows)}: {parts}. [Where it is slower](docs/performance.md#where-it-is-slower)."
+
+
+def never_slower_table() -> str:
+    """The outcome, the cases by what the slower ones have in common, and all cases by kind."""
+    rows = _grid()
+    if not rows:
+        return ""
+    header = ["what", "cases", "lowest", "median", "under 0.95x"]
+    common = [
+        [name, str(len(ratios)), f"{ratios[0]:.2f}x", f"{ratios[len(ratios) // 2]:.2f}x", str(_slow(ratios))]
+        for name, ratios in _slow_kinds(rows).items()
+    ]
+    where = caption({**rows[0], "dtype": "float32 and bfloat16"})
+    outcome = wrapped(f"{_outcome(rows)}. Each case counts in the first row that it belongs to:")
+    return f"{outcome}\n\n{markdown(header, common)}\n\nBy kind of work:\n\n{_by_work(rows)}\n\n{wrapped(where)}"
+
+
+def _by_work(rows: list[dict[str, str]]) -> str:
     header = ["layer", "work", "dtype", "cases", "lowest", "median", "highest", "under 0.95x"]
     kinds = sorted({(row["layer"], row["work"], row["dtype"]) for row in rows})
     lines = []
     for kind in kinds:
         ratios = sorted(float(row["speedup"]) for row in rows if (row["layer"], row["work"], row["dtype"]) == kind)
-        slow = sum(ratio < 0.95 for ratio in ratios)
         lines.append(
             [
                 *kind,
                 str(len(ratios)),
                 *(f"{r:.2f}x" for r in (ratios[0], ratios[len(ratios) // 2], ratios[-1])),
-                str(slow),
+                str(_slow(ratios)),
             ]
         )
-    where = {**rows[0], "dtype": "float32 and bfloat16"}
-    return f"{len(rows)} cases. {caption(where)}\n\n{markdown(header, lines)}"
+    return markdown(header, lines)
 
 
 def roofline_table() -> str:
@@ -197,7 +271,8 @@ def roofline_table() -> str:
         rows = list(csv.DictReader(file))
     header = [name for name in rows[0] if name not in ENVIRONMENT and name != "peaks"]
     lines = ([row[name] for name in header] for row in rows)
-    return f"{caption(rows[0])}; {rows[0]['peaks']}\n\n{markdown(header, lines)}"
+    where = wrapped(f"{caption(rows[0])}; {rows[0]['peaks']}")
+    return f"{where}\n\n{markdown(header, lines)}"
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -46,7 +46,7 @@ def test_tables_of_the_results(measured):
 
 def test_missed_targets_are_named(measured):
     missed = list(tables.missed())
-    assert "1 threads, speech sparseCNN2 G=1, inference, B=1: 3.00x over dense, target 4x" in missed
+    assert "1 thread, speech sparseCNN2 G=1, inference, B=1: 3.00x over dense, target 4x" in missed
     assert not any("training step" in line for line in missed)
 
 
