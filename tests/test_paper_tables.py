@@ -9,7 +9,19 @@ import torch
 
 import test_paper_train as t
 from sparsekern.paper import __main__ as paper
-from sparsekern.paper import batchnorm, options, report, results, runs, scores, speed, sweep, training
+from sparsekern.paper import (
+    batchnorm,
+    comparing,
+    options,
+    report,
+    results,
+    runs,
+    scores,
+    speech,
+    speed,
+    sweep,
+    training,
+)
 from sparsekern.paper.datasets import DATA_SETS
 from sparsekern.paper.networks import build, networks, published
 from sparsekern.paper.results import ConfigurationMismatch, DamagedResult, Result
@@ -112,7 +124,7 @@ def test_table1_from_its_file(tmp_path, capsys):
     assert cells[8] == f"{(best[1] - 40) / 100:.2f} ± 0.01"
     assert "sparseCNN2DSW < denseCNN1 < denseCNN2" in out  # the paper's order
     pytest.importorskip("scipy")
-    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2-g16: test, best epoch")]
+    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2 G=16: test, best epoch")]
     assert re.split(r"\s{2,}", line)[3] == "-1.00"
     assert f"From {tmp_path}/table1.csv" in out
 
@@ -130,6 +142,71 @@ def test_published_scores_are_those_of_the_networks():
     for data_set in ("mnist", "speech"):
         assert list(published(data_set)) == list(networks(data_set))
     assert published("gaussian") == {}
+
+
+def rewritten(path, change):
+    """A table's file with its rows changed."""
+    table = results.read(path)
+    results.write(path, replace(table, rows=[{**row, **change(row)} for row in table.rows]))
+
+
+def test_speech_tables_say_what_they_were_tested_on(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    table2 = scores.COMMANDS["table2"]
+    path = gathered(tmp_path, table2)
+
+    def shown(change):
+        rewritten(path, change)
+        assert paper.main(["table2", "--finished", "--out", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    whole = shown(lambda row: {"samples": 2552, "validation_accuracy": 0.5})
+    assert "score on the validation list" in whole
+    assert "off by" in whole
+    assert "One clip" not in whole
+    part = results.read(path)
+    results.write(path, replace(part, configuration={**part.configuration, "data": speech.PART_MD5}))
+    said = shown(lambda row: {"samples": 507, "validation_accuracy": row["test_accuracy"]})
+    assert "its 507 validation clips" in said
+    assert "One clip is 0.2 points" in said
+    assert "on the clips that are the test set too" in said
+    assert "off by" not in said.lower()
+    # A seed's scores are those of the dense networks; the paper's gain is none here.
+    assert (
+        "Test score: of 4 comparisons, 0 higher and 0 lower by more than the combined standard error, 4 within" in said
+    )
+    assert "Noise score: of 4 comparisons" in said
+    assert "higher, is not seen here" in said
+
+    def robust(row):
+        gain = 300 * ("sparse" in row["run"].lower() and row["epoch"] == "2")
+        return {"noise_score": int(row["noise_score"]) + gain}
+
+    assert "all of 4 higher, is seen here too" in shown(robust)
+
+
+def test_orders_say_what_the_spread_leaves_open():
+    scores = {"c": (3.0, 0.1), "a": (1.0, 0.1), "b": (1.1, 0.1), "d": (9.0, float("nan"))}
+    assert comparing.in_order(scores) == "a ~ b < c ? d"
+    assert "single run" in comparing.marks("c ? d")
+    assert comparing.marks("a < b") == ""
+
+
+def test_few_runs_cannot_decide():
+    difference = comparing.Difference("", "test", ".2f", [1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    assert "3 and 3 runs the rank-sum p cannot fall below 0.1, so that it cannot decide" in comparing.power(
+        [difference]
+    )
+    stats = pytest.importorskip("scipy").stats
+    assert stats.mannwhitneyu([1, 2, 3], [4, 5, 6]).pvalue == pytest.approx(0.1)
+    more = comparing.Difference("", "test", ".2f", [1.0, 2.0, 3.0, 4.0], [1.5, 2.5, 3.5, 4.5])
+    assert "cannot decide" not in comparing.power([more])
+    assert "2 tests" in comparing.power([more])
+    low, _ = more.interval()
+    assert (
+        comparing.ruled_out([more])
+        == f"The 95 % intervals all rule out a loss of more than {-low:.2f} points in the test score."
+    )
 
 
 def test_scores_on_another_test_set_are_in_percent():
@@ -197,7 +274,8 @@ def test_entropy_and_report(tmp_path, capsys):
     assert paper.main(["report", "--results", str(tmp_path), "--out", str(document)]) == 0
     text = document.read_text()
     assert "| sparseCNN2 | 3 |" in text
-    assert "![entropy-table1](entropy-table1.png)" in text
+    assert "![entropy-table1](entropy-table1.png)\n\n[entropy-table1.svg](entropy-table1.svg)\n\nTable 1" in text
+    assert f"From {tmp_path}/table1.csv" in text.partition("entropy-table1.svg")[2]
     assert "`python -m sparsekern.paper table1`" in text
     assert "speed: left out" in capsys.readouterr().out
 
@@ -346,7 +424,7 @@ def test_tables_of_the_few_runs_that_are_there(tmp_path, capsys):
     runs.gather(scores.COMMANDS["table2"].path(tmp_path), [run], made_up, t.silent)
     assert paper.main(["table2", "--finished", "--seeds", "42", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2-g16")]
+    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN2 G=16")]
     assert "±" not in line
     assert re.search(r"\d %", line)
     assert "nan" not in out

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsekern.paper import plots, results
+from sparsekern.paper import curves, plots, results, runs
 from sparsekern.paper.mnist import NOISE_LEVELS, Mnist
 from sparsekern.paper.progress import console
-from sparsekern.paper.scores import COMMANDS, draw_noise_curves, noise_curve
+from sparsekern.paper.scores import COMMANDS
 
 HELP = "noisy test images, and accuracy against noise for the networks of Table 1"
 NAME = "figure5"
@@ -28,11 +28,11 @@ def run(arguments: argparse.Namespace) -> int:
     by_run = COMMANDS["table1"].rows_by_run(arguments.out)
     data = Mnist(arguments.data, fetch=arguments.download)
     layout = [[f"{row} {column}" for column in range(len(SHOWN))] + ["curves"] for row in range(IMAGES)]
-    drawing, axes = plots.mosaic(layout, width=10.5, height=4.2, width_ratios=[1] * len(SHOWN) + [9])
+    drawing, axes = plots.mosaic(layout, width=12, height=4.2, width_ratios=[1] * len(SHOWN) + [9])
     draw_images(axes, data)
     levels = [f"{eta:.2f}" for eta in NOISE_LEVELS]
-    lines = {name: noise_curve(seeds, levels) for name, seeds in by_run.items()}
-    draw_noise_curves(lines, NOISE_LEVELS, "noise level", axes["curves"])
+    lines = {runs.shown(name): curves.of_run(seeds, levels) for name, seeds in by_run.items()}
+    curves.draw(lines, NOISE_LEVELS, "noise level", axes["curves"])
     for drawn in plots.save(drawing, arguments.out / NAME):
         out.print(f"drawn in {drawn}, from {path}")
     return 0

@@ -83,6 +83,11 @@ def published(data_set: str) -> dict[str, Published]:
     return {name: Published(*scores, table["samples"]) for name, scores in table["scores"].items()}
 
 
+def discussion() -> dict[str, tuple[float, float]]:
+    """The lowest and the highest accuracy in % that the discussion has of each network at its strongest noise."""
+    return {name: (min(found), max(found)) for name, found in _tables()["gaussian"]["discussion"].items()}
+
+
 @cache
 def _tables() -> dict:
     with open(Path(__file__).with_name("networks.toml"), "rb") as file:

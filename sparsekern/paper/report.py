@@ -21,9 +21,10 @@ Written by `python -m sparsekern.paper report` from the result files in `{folder
 configuration and the machine that it comes from, and has its SHA-256 beside it. Each section names the command that made
 its file; where the file is there, the command prints and draws from it.
 
-To train everything anew, several runs at a time, and then gather, print and draw it:
+To train everything anew in a checkout (which discards the committed results), several runs at a time, and then gather,
+print and draw it:
 
-    pip install 'sparsekern[paper,sweep]'
+    pip install -e '.[paper,sweep]'
     rm -r {folder}
     python -m sparsekern.paper sweep table1 table2 gaussian
     for command in table1 table2 gaussian batchnorm figure5 entropy speed figure2 figure3 report; do
@@ -33,12 +34,20 @@ To train everything anew, several runs at a time, and then gather, print and dra
 The data are looked for in `data/mnist` and `data/speech_commands`; `--data DIR` names another folder, and `--download`
 fetches what is not there (of speech, the whole data set); `sweep` alone does not take it.
 
-A sweep that was stopped goes on by the same command; `--seeds 42-44` trains fewer seeds, and later the others;
-`--snakemake --executor slurm` runs it on a cluster. One run alone, which the same command resumes bit for bit, and the same
-shared by two processes:
+A sweep that was stopped goes on by the same command; `--seeds 42-44` trains fewer seeds, and later the others. On a cluster
+whose nodes share the checkout and the data, Snakemake submits the runs, here 90 at a time:
+
+    pip install snakemake-executor-plugin-slurm
+    python -m sparsekern.paper sweep table1 --jobs 90 --data /shared/mnist --snakemake --executor slurm
+
+One run alone, which the same command resumes bit for bit, and the same shared by two processes:
 
     python -m sparsekern.paper train sparseCNN2 --seed 42
     torchrun --nproc-per-node 2 -m sparsekern.paper train sparseCNN2 --seed 42
+
+Where the runs differ from the authors' code: the hidden layer's supports are dealt so that every input is used about
+equally often (there each unit drew its own independently); the duty cycle counts the winners (there the winners above 0);
+the batches of the speech networks are permutations of the clips (there drawn with replacement, each class equally often).
 """
 
 
@@ -79,5 +88,6 @@ def document(folder: Path, beside: Path, report=print) -> str:
 
 def _markdown(part: Table | Path | str, beside: Path) -> str:
     if isinstance(part, Path):
-        return f"![{part.stem}]({os.path.relpath(part, beside)})"
+        png, svg = (os.path.relpath(part.with_suffix(suffix), beside) for suffix in (".png", ".svg"))
+        return f"![{part.stem}]({png})\n\n[{part.stem}.svg]({svg})"
     return part.markdown() if isinstance(part, Table) else part

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -127,6 +128,21 @@ def rows_by_run(rows: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:
     return runs
 
 
+def rows(by_run: dict) -> Iterator[dict]:
+    return (row for seeds in by_run.values() for epochs in seeds.values() for row in epochs)
+
+
+def samples(by_run: dict) -> int:
+    """How many samples a noise level was tested on."""
+    return int(next(rows(by_run))["samples"])
+
+
+def machines(by_run: dict) -> str:
+    """What the runs were made on."""
+    found = {f"{row['device']}, {how_many(row['threads'], 'thread')}" for row in rows(by_run)}
+    return " and ".join(sorted(found))
+
+
 @dataclass
 class Scores:
     """The scores of a network's runs, one a seed: test scores in percent and noise scores as counts."""
@@ -163,8 +179,14 @@ def noise_unit(samples: int, published: Published | None, levels: int) -> tuple[
     return _percent_of(samples * levels), _percent_of(published.samples * levels)
 
 
-def how_many(runs: int) -> str:
-    return f"{runs} run" if runs == 1 else f"{runs} runs"
+def how_many(count: int | str, what: str = "run") -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{count} {what}" if int(count) == 1 else f"{count} {what}s"
+
+
+def shown(label: str) -> str:
+    """A run's name for readers: ``sparseCNN2-g16`` is ``sparseCNN2 G=16``."""
+    return re.sub(r"-g(\d+)$", r" G=\1", label)
 
 
 def plus_minus(mean: float, std: float, unit: str = ".2f") -> str:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from sparsekern.paper import options, plots, results, runs
+from sparsekern.paper import comparing, curves, options, plots, results, runs
+from sparsekern.paper.comparing import Difference, in_order, marks, mean_and_error
 from sparsekern.paper.datasets import DATA_SETS
-from sparsekern.paper.networks import networks, published
+from sparsekern.paper.networks import Published, discussion, networks, published
 from sparsekern.paper.progress import console
 from sparsekern.paper.runs import READINGS, Scores, mean_and_std, plus_minus
+from sparsekern.paper.speech import PART_MD5, PART_WORDS
 from sparsekern.paper.tables import Table
 from sparsekern.paper.training import Configuration
 
+PAPER_SEEDS = 10  # of each network in the paper's tables
 FAST_LAYOUT = 16  # the group size that is compared with the paper's 1
 
 
@@ -23,6 +29,7 @@ class ScoreCommand:
 
     Attributes:
         grouped: the networks that are also trained in the fast layout, whose scores are compared.
+        dense_and_sparse: the networks that are set against one another.
     """
 
     name: str
@@ -31,7 +38,7 @@ class ScoreCommand:
     title: str
     seeds: str = "42-51"
     grouped: tuple[str, ...] = ()
-    note: str = ""
+    dense_and_sparse: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         runs.add_arguments(parser, self.seeds)
@@ -76,37 +83,30 @@ class ScoreCommand:
         """What the runs in the result file have to say."""
         path = self.path(folder)
         by_run = self.rows_by_run(folder)
+        data = results.read(path).configuration["data"]
         table = self._scores(by_run)
-        table.notes += [f"From {path}.", *self._order(by_run)]
-        return [table, *self._comparisons(by_run)]
+        table.notes += [note_on_epochs(by_run), *self._notes_on_data(by_run, data), f"From {path}."]
+        table.notes += self._order(by_run)
+        return [table, *self._against_dense(by_run), *self._fast_layout(by_run)]
 
     def _scores(self, by_run: dict) -> Table:
         columns = ["network", "runs"]
         columns += [f"{score}, best epoch{what}" for score in ("test", "noise") for what in ("", ": paper", ": off by")]
         columns += ["test, last epoch", "noise, last epoch"]
-        rows = [[name, str(len(seeds)), *self._cells(name, seeds)] for name, seeds in by_run.items()]
-        machines = {
-            f"{row['device']}, threads {row['threads']}"
-            for seeds in by_run.values()
-            for epochs in seeds.values()
-            for row in epochs
-        }
-        notes = [
-            "Mean ± standard deviation over the seeds. The paper's scores are those of the epoch with the best test score, "
-            "a choice on the test set that flatters; the last epoch is the honest figure. Off by: the distance from the "
-            f"paper's mean in the paper's standard deviations. Trained and tested on {' and '.join(sorted(machines))}.",
-            self.note,
-        ]
-        return Table(self.title, columns, rows, [note for note in notes if note])
+        rows = [[runs.shown(name), str(len(seeds)), *self._cells(name, seeds)] for name, seeds in by_run.items()]
+        empty = [i for i, name in enumerate(columns) if "off by" in name and all(row[i] == "-" for row in rows)]
+        columns, *rows = ([cell for i, cell in enumerate(line) if i not in empty] for line in (columns, *rows))
+        off_by = "" if empty else " Off by: our mean's distance from the paper's, in the paper's standard deviations."
+        spread = (
+            "Mean ± standard deviation over the seeds: ours that of the sample (n - 1), the published one that of the "
+            f"population (n).{off_by} Trained and tested on {runs.machines(by_run)}."
+        )
+        return Table(self.title, columns, rows, [spread])
 
     def _cells(self, name: str, seeds: dict[str, list[dict]]) -> list[str]:
         best, last = (Scores.read(seeds, choose) for choose in READINGS.values())
-        paper = published(self.data_set)
-        theirs = paper.get(name)
-        alike = theirs or next(
-            iter(paper.values()), None
-        )  # a network that the paper has not is written like its others
-        ours_as, theirs_as = runs.noise_unit(best.samples, alike, len(DATA_SETS[self.data_set].noise_levels))
+        theirs = published(self.data_set).get(name)
+        ours_as, theirs_as = runs.noise_unit(best.samples, self._paper(), self._levels())
         test, noise = ["-", "-"], ["-", "-"]
         if theirs:
             test[0], noise[0] = plus_minus(theirs.test, theirs.test_std), theirs_as(theirs.noise, theirs.noise_std)
@@ -118,55 +118,88 @@ class ScoreCommand:
             *(_percent(last.test), ours_as(*mean_and_std(last.noise))),
         ]
 
+    def _paper(self) -> Published | None:
+        """A row of the paper's table, by which all are written; None of a data set that the paper has not."""
+        return next(iter(published(self.data_set).values()), None)
+
+    def _levels(self) -> int:
+        return len(DATA_SETS[self.data_set].noise_levels)
+
+    def _notes_on_data(self, by_run: dict, data: str) -> list[str]:
+        """Where the data are not the paper's: what they are, and what that does to the scores."""
+        samples, paper = runs.samples(by_run), self._paper()
+        if paper is None or samples == paper.samples:
+            return []
+        part = ""
+        if data == PART_MD5:
+            part = (
+                f"Trained on the ten-word part of the data set (about 500 clips a word, of {', '.join(PART_WORDS)}) and "
+                f"tested on its {samples:,} validation clips: it has no other. "
+            )
+        return [
+            f"{part}One clip is {100 / samples:.1f} points of the test score. The paper used the ten digits of the whole "
+            f"data set (about 2,350 clips a word; {paper.samples:,} clips to test on), so that here the networks can be "
+            "compared with one another, not with the paper's column. Noise scores are percentages of the clips tested at "
+            f"the {self._levels()} levels."
+        ]
+
     def _order(self, by_run: dict) -> list[str]:
-        paper = {name: row.noise for name, row in published(self.data_set).items() if name in by_run}
+        paper = {name: row for name, row in published(self.data_set).items() if name in by_run}
         if len(paper) < 2:
             return []
-        ours = {name: mean_and_std(Scores.read(by_run[name], READINGS["best epoch"]).noise)[0] for name in paper}
-        orders = (" < ".join(sorted(scores, key=scores.get)) for scores in (ours, paper))
-        return ["Order by noise score, here: {}; in the paper: {}.".format(*orders)]
+        best = READINGS["best epoch"]
+        ours = {name: mean_and_error(Scores.read(by_run[name], best).noise) for name in paper}
+        # The population's deviation of n values is the sample's by sqrt((n - 1) / n).
+        theirs = {name: (row.noise, row.noise_std / math.sqrt(PAPER_SEEDS - 1)) for name, row in paper.items()}
+        orders = in_order(ours), in_order(theirs)
+        return ["Order by noise score, here: {}; in the paper: {}{}.".format(*orders, marks(*orders))]
 
-    def _comparisons(self, by_run: dict) -> list[Table]:
-        """The fast layout beside the paper's, reading by reading."""
-        rows = []
-        for name in self.grouped:
-            for label in by_run:
-                if name in by_run and label.startswith(f"{name}-g"):
-                    rows += _compare(name, label, by_run)
-        if not rows:
+    def _noise(self, by_run: dict) -> tuple[str, Callable[[Scores], list[float]]]:
+        """How the noise scores of a comparison are written, and made: in percent where the paper's test set is another."""
+        paper = self._paper()
+        if paper is None or runs.samples(by_run) == paper.samples:
+            return ",.0f", lambda scores: scores.noise
+        tries = runs.samples(by_run) * self._levels()
+        return ".1f", lambda scores: [100 * score / tries for score in scores.noise]
+
+    def _against_dense(self, by_run: dict) -> list[Table]:
+        """The sparse networks beside the dense ones."""
+        pairs = [(dense, sparse) for dense, sparse in product(*self.dense_and_sparse) if {dense, sparse} <= {*by_run}]
+        unit, _ = noise = self._noise(by_run)
+        scale = 1 if unit == ",.0f" else 100 / (self._levels() * max(1, getattr(self._paper(), "samples", 1)))
+        paper = {name: (row.test, scale * row.noise) for name, row in published(self.data_set).items()}
+        found = comparing.differences(pairs, by_run, ["last epoch"], noise, paper)
+        if not any(difference.tested for difference in found):
             return []
-        columns = ["score", "G = 1", "fast layout", "difference", "95 % interval", "p (Welch)", "p (rank sum)"]
-        note = "Difference of the means, fast layout minus G = 1, with Welch's interval; two-sided tests."
-        return [Table("Does the fast layout keep the robustness?", columns, rows, [note])]
+        notes = [
+            " ".join(comparing.verdict(found, kind) for kind in ("test", "noise")),
+            "Sparse minus dense, with Welch's interval; two-sided tests. " + comparing.power(found),
+        ]
+        return [comparing.table("Sparse against dense", ("dense", "sparse"), found, notes)]
+
+    def _fast_layout(self, by_run: dict) -> list[Table]:
+        """The fast layout beside the paper's, reading by reading."""
+        pairs = [
+            (name, run) for name in self.grouped if name in by_run for run in by_run if run.startswith(f"{name}-g")
+        ]
+        found = comparing.differences(pairs, by_run, list(READINGS), self._noise(by_run), named="{1}".format)
+        if not any(difference.tested for difference in found):
+            return []
+        notes = [
+            "Difference of the means, fast layout minus G = 1, with Welch's interval; two-sided tests.",
+            f"{comparing.ruled_out(found)} {comparing.power(found)}",
+        ]
+        return [comparing.table("Does the fast layout keep the robustness?", ("G = 1", "fast layout"), found, notes)]
 
 
-def _compare(name: str, label: str, by_run: dict) -> list[list[str]]:
-    try:
-        from scipy import stats
-    except ImportError:
-        raise ValueError(
-            "wants scipy for the significance tests; run: pip install -e '.[paper]' in a checkout"
-        ) from None
-    rows = []
-    for reading, choose in READINGS.items():
-        one, fast = (Scores.read(by_run[run], choose) for run in (name, label))
-        for kind, a, b, unit in (("test", one.test, fast.test, ".2f"), ("noise", one.noise, fast.noise, ",.0f")):
-            if min(len(a), len(b)) < 2:
-                continue
-            welch = stats.ttest_ind(b, a, equal_var=False)
-            low, high = welch.confidence_interval()
-            means = [mean_and_std(values)[0] for values in (a, b)]
-            rows.append(
-                [
-                    f"{label}: {kind}, {reading}",
-                    *(format(mean, unit) for mean in means),
-                    format(means[1] - means[0], "+" + unit),
-                    f"{low:+{unit}} to {high:+{unit}}",
-                    f"{welch.pvalue:.3f}",
-                    f"{stats.mannwhitneyu(b, a).pvalue:.3f}",
-                ]
-            )
-    return rows
+def note_on_epochs(by_run: dict) -> str:
+    """What the best epoch was chosen by."""
+    chosen = [(row["validation_accuracy"], row["test_accuracy"]) for row in runs.rows(by_run)]
+    validated = any(validation for validation, _ in chosen)
+    if validated and any(validation != test for validation, test in chosen):
+        return "Best epoch: that of the best score on the validation list; beside it the last epoch."
+    by = "validation score, on the clips that are the test set too" if validated else "test score, as in the paper"
+    return f"Best epoch: that of the best {by}, a choice on the test set, which flatters; the last epoch is the honest one."
 
 
 def _percent(values: list[float]) -> str:
@@ -174,49 +207,72 @@ def _percent(values: list[float]) -> str:
 
 
 class GaussianCommand(ScoreCommand):
-    """Adds the accuracy at each noise level, as a table and a plot."""
+    """Accuracy at each noise level, as a table beside the discussion's figures and as a plot."""
 
     def draw(self, folder: Path) -> list[Path]:
-        levels, curves = self._curves(folder)
+        levels, drawn = self._curves(folder)
         xlabel = "s, standard deviation of the pixels' noise"
-        return plots.save(draw_noise_curves(curves, [float(s) for s in levels], xlabel), folder / self.name)
+        return plots.save(curves.draw(drawn, [float(s) for s in levels], xlabel), folder / self.name)
 
     def show(self, folder: Path) -> list[Table | Path]:
-        levels, curves = self._curves(folder)
-        rows = [[name, *(plus_minus(mean, std, ".1f") for mean, std in curve)] for name, curve in curves.items()]
-        table = Table(self.title, ["network", *(f"s = {float(s):.1f}" for s in levels)], rows)
+        levels, drawn = self._curves(folder)
+        theirs = {name: _range(*found) for name, found in discussion().items()}
+        rows = [
+            [name, *(plus_minus(mean, std, ".1f") for mean, std in curve), theirs.get(run, "-")]
+            for (run, name), curve in zip(self._names(folder).items(), drawn.values(), strict=True)
+        ]
+        strongest = f"s = {float(levels[-1]):.1f}"
+        columns = ["network", *(f"s = {float(s):.1f}" for s in levels), f"discussion, {strongest}"]
+        table = Table(self.title, columns, rows)
         table.notes = [
             f"Accuracy in % after the last epoch, mean ± standard deviation. From {self.path(folder)}.",
-            self.note,
+            self._outcome(self.rows_by_run(folder), levels[-1]),
         ]
         return [table, folder / f"{self.name}.png"]
 
+    def _outcome(self, by_run: dict, level: str) -> str:
+        """The order at a noise level, here and in the discussion, whose networks and their training are not known."""
+        ours = {
+            self.shown(name): mean_and_error(curves.accuracies(seeds, level))
+            for name, seeds in by_run.items()
+            if name in discussion()
+        }
+        theirs = {
+            self.shown(name): ((low + high) / 2, (high - low) / 2)
+            for name, (low, high) in discussion().items()
+            if name in by_run
+        }
+        boosted, unboosted = (by_run.get(name) for name in ("k-winners-boosted", "k-winners"))
+        boosting = ""
+        if boosted and unboosted:
+            values = [curves.accuracies(seeds, level) for seeds in (boosted, unboosted)]
+            gain = Difference("", "test", ".1f", *values)
+            there = discussion()["k-winners-boosted"][0] - discussion()["k-winners"][0]
+            error = f" ± {gain.error:.1f}, the standard error," if gain.tested else ""
+            boosting = (
+                f" Boosting's part in it: {round(gain.value, 1) + 0.0:+.1f} points{error} here, {there:+.0f} there."
+            )
+        orders = in_order(ours), in_order(theirs)
+        return (
+            "Order at s = {:.1f}, here: {}; in the discussion, whose networks and their training are not known: {}{}."
+            "{} For batch norm see `batchnorm`."
+        ).format(float(level), *orders, marks(*orders), boosting)
+
+    def shown(self, name: str) -> str:
+        return "plain (ReLU)" if name == "plain" else name
+
+    def _names(self, folder: Path) -> dict[str, str]:
+        by_run = self.rows_by_run(folder)
+        return {name: f"{self.shown(name)} ({runs.how_many(len(seeds))})" for name, seeds in by_run.items()}
+
     def _curves(self, folder: Path) -> tuple[list[str], dict]:
         levels = [f"{s:.2f}" for s in DATA_SETS[self.data_set].noise_levels]
-        by_run = self.rows_by_run(folder)
-        return levels, {
-            f"{name} ({runs.how_many(len(seeds))})": noise_curve(seeds, levels) for name, seeds in by_run.items()
-        }
+        by_run, names = self.rows_by_run(folder), self._names(folder)
+        return levels, {names[run]: curves.of_run(seeds, levels) for run, seeds in by_run.items()}
 
 
-def noise_curve(seeds: dict[str, list[dict]], levels: list[str]) -> list[tuple[float, float]]:
-    """Mean and standard deviation of the accuracy in percent after the last epoch, at each noise level."""
-    last = [epochs[-1] for epochs in seeds.values()]
-    return [mean_and_std([100 * int(row[f"correct {eta}"]) / int(row["samples"]) for row in last]) for eta in levels]
-
-
-def draw_noise_curves(curves: dict, levels: list[float], xlabel: str, axes=None):
-    """Accuracy against noise, a line a network, the seeds' standard deviation as a band."""
-    drawing = None
-    if axes is None:
-        drawing, axes = plots.figure(width=6.4)
-    for (name, curve), color in zip(curves.items(), plots.COLORS, strict=False):
-        low, means, high = zip(*((mean - std, mean, mean + std) for mean, std in curve), strict=True)
-        axes.plot(levels, means, "o-", ms=3, color=color, label=name)
-        axes.fill_between(levels, low, high, color=color, alpha=0.15, lw=0)
-    axes.set(xlabel=xlabel, ylabel="accuracy, %")
-    axes.legend()
-    return drawing
+def _range(low: float, high: float) -> str:
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
 COMMANDS = {
@@ -236,9 +292,7 @@ COMMANDS = {
             "Table 2: Speech Commands under noise",
             seeds="42-44",
             grouped=("sparseCNN2", "superSparseCNN2"),
-            note="The paper used the ten digits of the whole data set (about 2,350 clips a word); on the ten-word part "
-            "(500 clips a word) compare the networks with one another, not with the paper's column. "
-            "Noise scores are percentages of the clips tested at the 11 levels.",
+            dense_and_sparse=(("denseCNN2", "denseCNN2-dropout"), ("sparseCNN2", "superSparseCNN2")),
         ),
         GaussianCommand(
             "gaussian",
@@ -246,10 +300,6 @@ COMMANDS = {
             "the discussion's comparison under Gaussian pixel noise",
             "MNIST under Gaussian pixel noise",
             seeds="42-44",
-            note="In the discussion, at s = 0.8: k-winners with boosting 74, plain 72, batch norm and dropout 33 to 54, "
-            "k-winners without boosting 36. Its networks and their training are not known, and matter as much as the cure: "
-            "of Table 1's networks under this noise, denseCNN1 gave 12 and 14 % at s = 0.8 (two seeds, 2,000 images) and "
-            "denseCNN2 44 %. For batch norm see `batchnorm`.",
         ),
     )
 }
