@@ -137,7 +137,7 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, str]:
         "hardware": f"{processor()}, {os.cpu_count()} CPUs" if cpu else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "sparsekern": sk.__version__,
-        "kernels": "plain PyTorch" if C is None or not cpu else C.instruction_set(),
+        "kernels": "reference bodies" if C is None or not cpu else C.instruction_set(),
         "compiler": "" if C is None else C.compiler,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

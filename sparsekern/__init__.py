@@ -1,4 +1,4 @@
-"""Sparse networks that are really fast: the layers of "How Can We Be So Dense?" (arXiv:1903.11257) for PyTorch."""
+"""Fast sparse networks: the layers of "How Can We Be So Dense?" (arXiv:1903.11257) for PyTorch."""
 
 from sparsekern import functional, reference, sdr
 from sparsekern.convert import densify_, sparsify_

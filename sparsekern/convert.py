@@ -24,14 +24,15 @@ def sparsify_(
     Linear layers keep, for each group of output units, the weights of largest magnitude
     (:meth:`SparseLinear.from_dense`). Convolutions keep all their weights: they gain from zeros in their input. Layers that
     no sparse layer computes (subclasses with a forward of their own, grouped or dilated convolutions, parametrised layers)
-    are left alone, and a layer used in several places is swapped in all. Build the optimizer afterwards.
+    are left alone, and a layer used in several places is swapped in all. Build the optimizer afterwards, and train on: the
+    weights that are cut off are missed.
 
     Args:
         model: changed in place; must not itself be an ``nn.Linear`` or ``nn.Conv2d``.
         density: of the linear layers, in (0, 1].
         group_size: of the linear layers.
         skip: names of submodules to leave alone, with all that is below them, or a function of name and module.
-        sparse_input_grad: for every new layer; right only where whatever feeds it drops gradients at zeros.
+        sparse_input_grad: for every new layer; right only where each is directly behind k-winners, ReLU or dropout.
 
     Returns:
         The swapped layers: name -> what stands there now.
@@ -61,6 +62,9 @@ def densify_(model: nn.Module) -> dict[str, str]:
 
     Returns:
         The swapped layers: name -> what stands there now.
+
+    Raises:
+        TypeError: not an nn.Module, or itself a sparse layer, which cannot be swapped in place.
     """
 
     def swap(module: nn.Module) -> nn.Module | None:

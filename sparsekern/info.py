@@ -17,15 +17,15 @@ OPS = ("k_winners", "sparse_linear", "sparse_conv2d")
 
 def info() -> dict[str, str]:
     """What the command prints, by name."""
-    C = _library._C
+    C, threads = _library._C, torch.get_num_threads()
     lines = {
         "sparsekern": sparsekern.__version__,
         "python": platform.python_version(),
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__}, {threads} thread{'s' if threads != 1 else ''}",
         "processor": f"{platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
     }
     if C is None:
-        lines["cpu bodies"] = f"plain PyTorch reference, since the kernels are not there: {_library._C_error}"
+        lines["cpu bodies"] = f"reference bodies, since the kernels are not there: {_library._C_error}"
     else:
         why = "set by ATEN_CPU_CAPABILITY" if "ATEN_CPU_CAPABILITY" in os.environ else "the best that both sides have"
         lines["cpu bodies"] = f"C++ kernels, {C.instruction_set()} ({why}), for {', '.join(OPS)}"
@@ -36,9 +36,9 @@ def info() -> dict[str, str]:
         lines["gpu"] = "none that PyTorch can use"
     served = [op for op in OPS if importlib.util.find_spec(f"sparsekern.ops.{op}_triton")]
     if _library.has_triton():
-        lines["gpu bodies"] = f"Triton kernels for {', '.join(served)} (float64: plain PyTorch reference)"
+        lines["gpu bodies"] = f"Triton kernels for {', '.join(served)} (float64: reference bodies)"
     else:
-        lines["gpu bodies"] = "plain PyTorch reference, since Triton is not installed"
+        lines["gpu bodies"] = "reference bodies, since Triton is not installed"
     lines["triton"] = importlib.metadata.version("triton") if _library.has_triton() else "not installed (not required)"
     return lines
 

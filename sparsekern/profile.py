@@ -61,6 +61,9 @@ class Profile:
     layers: list[LayerProfile] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if not self.layers:
+            names = ", ".join(kind.__name__ for kind in PROFILED)
+            return f"nothing to profile: the model called none of {names}"
         header = (
             "layer", "kind", "input", "active", "dense products", "products", "savings", "dense ms", "sparse ms",
             "speed-up", "realised",
@@ -105,6 +108,9 @@ def profile(model: nn.Module, x: Tensor, *, repeats: int = 20, show: bool = True
 
     Returns:
         A :class:`Profile`; ``.layers`` holds each layer's products, savings, times, speed-up and realised fraction.
+
+    Raises:
+        ValueError: repeats that is not a whole number of at least 1; and whatever ``model(x)`` raises.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"profile: wants repeats of at least 1, got {repeats!r}")

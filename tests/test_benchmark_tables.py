@@ -1,3 +1,5 @@
+import csv
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ import gpu_cases
 import gpu_tables
 import tables
 from compare_dense import all_cases
-from report import Result, environment, write_csv
+from report import ENVIRONMENT, Result, environment, write_csv
 from timing import Timing
 
 
@@ -94,3 +96,35 @@ def test_gpu_table_of_the_results(tmp_path, monkeypatch):
     assert "| mnist sparseCNN2 G=1, B=1 | inference | eagerly | 20.0 | 2.00x |" in table
     assert "a GPU" in table
     assert set(gpu_tables.TARGETS) <= set(gpu_cases.CASES)
+
+
+def test_the_grids_outcome_is_counted(tmp_path, monkeypatch):
+    """Each case by the first thing that slower ones have in common; below 0.95x is slower."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.slower_in_short() == tables.never_slower_table() == ""
+    columns = ["layer", "shape", "active", "batch", "dtype", "work", "speedup", *ENVIRONMENT]
+    where = {**environment("cpu", torch.float32), "threads": "1", "commit": "abc+"}
+    cases = [
+        ("linear", "64x64", "0.1", "1", "bfloat16", "training", "0.8"),
+        ("conv", "1x32x5x28x1x0", "1.0", "4", "float32", "training", "0.7"),
+        ("conv", "1x32x5x28x1x0", "0.6", "64", "float32", "training", "0.94"),
+        ("linear", "784x128", "0.1", "64", "float32", "forward", "0.95"),
+    ]
+    with open(tmp_path / "never_slower.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({**where, **dict(zip(columns, case, strict=False))} for case in cases)
+    short = " ".join(tables.slower_in_short().split())
+    assert (
+        "on one thread, 3 are below 0.95x of the dense layer's speed, the lowest at 0.70x: 64 x 64 layers (1)" in short
+    )
+    assert "training steps of 1 to 4 samples (1), convolutions whose input is mostly active (1). [" in short
+    table = tables.never_slower_table()
+    assert "| all else | 1 | 0.95x | 0.95x | 0 |" in table
+    assert "commit abc with changes" in " ".join(table.split())
+
+
+def test_the_forms_of_dense_are_those_of_the_results(measured):
+    assert tables.forms(measured) == "the faster of as written and channels-last (not compiled)"
+    measured[0].timings["dense", "dense compiled"] = Timing(1.0, 1.0, 1.0, 5)
+    assert tables.forms(measured) == "the fastest of as written, channels-last and compiled"

@@ -11,6 +11,10 @@ from torch import nn
 
 import checking
 import compare_dense
+import crossovers
+import gpu
+import gpu_crossovers
+import roofline
 import sparsekern as sk
 from cases import Case, Options, Prepared
 from checking import Call, DenseReference, WrongResult, check_k_winners, gamma
@@ -249,3 +253,22 @@ def test_batch_norm_before_k_winners_is_checked(wrong):
     else:
         with pytest.raises(checking.WrongResult, match=f"batch norm.*{wrong if wrong == 'gradient' else 'winner'}"):
             checking.check_k_winners(layer, call, duty_cycle)
+
+
+@pytest.mark.parametrize(
+    "program", [compare_dense, crossovers, roofline, gpu, gpu_crossovers], ids=lambda p: p.__name__
+)
+def test_a_pattern_that_is_none_or_matches_nothing_is_named(program, capsys):
+    device = ["--device", "cpu"] if program in (gpu, gpu_crossovers) else []
+    assert program.main([*device, "--only", "no such row"]) == 2
+    assert f"{program.__name__}: no row matches 'no such row'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        program.main([*device, "--only", "("])
+    assert "argument --only: no regular expression: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", [compare_dense, gpu, gpu_crossovers], ids=lambda p: p.__name__)
+def test_without_a_gpu_it_says_so(program, capsys):
+    assert program.main(["--device", "cuda"]) == 2
+    assert "no GPU that PyTorch can use" in capsys.readouterr().err

@@ -15,7 +15,7 @@ def test_info_names_versions_and_bodies():
     assert lines["sparsekern"] == sk.__version__
     assert torch.__version__ in lines["torch"]
     if _library._C is None:
-        assert lines["cpu bodies"].startswith("plain PyTorch reference")
+        assert lines["cpu bodies"].startswith("reference bodies")
         assert str(_library._C_error) in lines["cpu bodies"]
     else:
         assert f"C++ kernels, {_library._C.instruction_set()} " in lines["cpu bodies"]

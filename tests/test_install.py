@@ -132,7 +132,7 @@ def test_without_a_compiler_the_reference_serves(source, tmp_path):
     assert "Install a C++ compiler and reinstall" in printed
     status, printed = python("-W", "ignore", "-m", "sparsekern.info")
     assert status == 0, printed
-    assert "cpu bodies  plain PyTorch reference, since the kernels are not there: " in printed
+    assert "cpu bodies  reference bodies, since the kernels are not there: " in printed
 
 
 @pytest.mark.slow

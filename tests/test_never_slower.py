@@ -83,3 +83,10 @@ def test_a_wrong_result_is_not_timed(short, monkeypatch, capsys):
     monkeypatch.setattr(never_slower, "check", wrong)
     assert never_slower.main(["--cases", "2"]) == 1
     assert capsys.readouterr().out.count("WRONG RESULT, not timed: ") == 2
+
+
+@pytest.mark.parametrize("arguments", [["--cases", "1"], ["--cases", "many"], ["--threads", "0"]])
+def test_bad_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        never_slower.main(arguments)
+    assert "wants a" in capsys.readouterr().err

@@ -132,3 +132,10 @@ def test_other_dtypes_and_an_empty_batch(model, dtype):
 def test_repeats_must_be_a_positive_integer(model, repeats):
     with pytest.raises(ValueError, match="profile: wants repeats of at least 1"):
         sk.profile(model, torch.randn(1, 1, 6, 6), repeats=repeats)
+
+
+def test_a_model_without_such_layers_is_told_apart(capsys):
+    assert sk.profile(nn.Sequential(nn.ReLU()), torch.randn(2, 3)).layers == []
+    assert capsys.readouterr().out.startswith(
+        "nothing to profile: the model called none of Linear, Conv2d, SparseLinear"
+    )

@@ -182,7 +182,8 @@ class KWinners(_KWinnersBase):
     Winners are the k largest of ``exp(boost_strength * (k / n - duty_cycle)) * x`` and pass x itself; all else is 0. In
     training mode the duty cycle then moves by equation 6; under ``torch.distributed`` by the whole global batch, so that
     every rank must call the layer equally often. In eval mode ``min(round(k * k_inference_factor), n)`` units win and
-    nothing is updated. With ``k == n`` the layer is a plain ReLU.
+    nothing is updated. With ``k == n`` the layer is a ReLU; with fewer winners, negative values win where they are among
+    the k largest.
 
     Args:
         n: units.
@@ -197,6 +198,11 @@ class KWinners(_KWinnersBase):
 
     Buffers: ``duty_cycle`` (n,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32, all in the
     state_dict, so that training resumes exactly.
+
+    Raises:
+        ValueError: not exactly one of k and density, k outside 0..n, density outside (0, 1], n or duty_cycle_period below
+            1, a negative factor or strength; in a call, an x whose last dimension is not n.
+        TypeError: arguments of another type; in a call, an x that is no floating-point tensor.
     """
 
     def __init__(
@@ -361,6 +367,11 @@ class KWinners2d(_KWinnersBase):
     the same memory format.
 
     Buffers: ``duty_cycle`` (C,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32.
+
+    Raises:
+        ValueError: as :class:`KWinners`; in a call, an x that is not (B, C, H, W), maps smaller than the window, k above
+            the number of units.
+        TypeError: as :class:`KWinners`; a conv or norm that is no module.
     """
 
     def __init__(

@@ -27,12 +27,20 @@ class SparseConv2d(nn.Module):
         padding: zeros at each border: one or two integers of at least 0, ``"valid"``, or ``"same"`` (stride 1 and odd
             kernels).
         bias: whether there is one.
-        density: fraction of the weights that exist, in (0, 1].
-        sparse_input_grad: compute dL/dx only where x is not zero: the same training behind k-winners, ReLU and dropout,
-            whose backward drops the rest, and much cheaper.
+        density: fraction of the weights that exist, in (0, 1]. It saves no time: only zeros in the input do.
+        sparse_input_grad: compute the input's gradient only where the input is not zero, which is much cheaper: right
+            directly behind k-winners, ReLU and dropout, which drop the rest; behind anything else the gradient would be
+            wrong.
         device, dtype: of the parameters.
 
     Shape: x (B, C, H, W) or (C, H, W) -> (B, O, OH, OW) or (O, OH, OW), in the dtype and memory format of x.
+
+    Raises:
+        ValueError: sizes below 1, a density outside (0, 1],
+            ``"same"`` with a stride or an even kernel; in a call, an x of another shape or smaller
+            than the kernel.
+        TypeError: arguments of another type, a dtype that is not float32, float64, bfloat16 or float16; in a call, an x of
+            another dtype than the parameters, outside autocast.
 
     The state_dict is that of ``nn.Conv2d``; with ``density < 1`` it also has ``mask``, bool (O, C, KH, KW).
     """
@@ -120,7 +128,12 @@ class SparseConv2d(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, conv: nn.Conv2d, *, sparse_input_grad: bool = False) -> SparseConv2d:
-        """Takes over an existing convolution (one group, no dilation, zero padding); its weights are copied."""
+        """Takes over an existing convolution (one group, no dilation, zero padding); its weights are copied.
+
+        Raises:
+            ValueError: a convolution with groups, dilation or another padding mode.
+            TypeError: not an ``nn.Conv2d``.
+        """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"SparseConv2d.from_dense: wants an nn.Conv2d, got {type(conv).__name__}")
         if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
