@@ -26,6 +26,15 @@ ONLY = {
 }
 
 
+def device(text: str) -> str:
+    """A device by a name that PyTorch knows."""
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"wants cpu, cuda or cuda:N, got {text!r}") from None
+    return text
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A whole number that is not smaller."""
 

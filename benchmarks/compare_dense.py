@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import ONLY, at_least, no_gpu, nothing_to_run
+from arguments import ONLY, at_least, device, no_gpu, nothing_to_run
 from cases import Case, Options
 from checking import WrongResult
 from layer_cases import layer_cases
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="under three minutes, nothing compiled (the default)")
     extent.add_argument("--full", action="store_true", help="more repeats, and torch.compile among the rivals")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: float32)")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--only", **ONLY)

@@ -88,7 +88,13 @@ class Case:
 def main(argv: list[str] | None = None) -> int:
     """Runs the grid; 1 where a case is slower or wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=at_least(2), default=600, metavar="N", help="how many (default: 600)")
+    parser.add_argument(
+        "--cases",
+        type=at_least(2),
+        default=600,
+        metavar="N",
+        help="how many, at least 2; an odd number is rounded down (default: 600)",
+    )
     parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write each result here, or go on where it ends")
     arguments = parser.parse_args(argv)

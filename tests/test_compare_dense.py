@@ -102,7 +102,10 @@ def test_only_picks_by_pattern(tiny, capsys):
     assert "no row matches 'no such'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--only", "("], ["--threads", "0"], ["--dtype", "int8"], ["--quick", "--full"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--only", "("], ["--threads", "0"], ["--dtype", "int8"], ["--device", "abacus"], ["--quick", "--full"]],
+)
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare_dense.main(arguments)
