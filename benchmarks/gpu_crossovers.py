@@ -4,7 +4,7 @@ The constants of sparsekern/ops/sparse_linear_triton.py (ROWS_B, GROUPS_DENSITY)
 (MIN_PRODUCTS, DENSE_FROM) are set from what it prints: each way is forced in turn, the linear ones checked against the
 dense layer, and timed in a CUDA graph beside it. A convolution's "dense" is cuDNN.
 
-python benchmarks/gpu_crossovers.py [--device cpu] [--only PATTERN]   (cpu: a rehearsal, without the ways)
+python benchmarks/gpu_crossovers.py [--device cpu] [--only PATTERN] [--seconds S]   (cpu: a rehearsal, without the ways)
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -39,12 +41,15 @@ CONVOLVED = (16, 64, 256, 1024)
 DENSITIES = (0.03, 0.1, 0.25, 1.0)
 ACTIVE = 0.1
 DENSE = ("dense layer", "eager")
+ROWS_B = 64  # of larger batches the rows' tiles, one for all samples, take minutes to compile and spill
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0, or 1 where a row could not be run, or 2 where nothing could."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses (default: cuda)")
     parser.add_argument("--only", **ONLY)
+    parser.add_argument("--seconds", type=float, default=240, help="after which no row is begun (default: 240)")
     arguments = parser.parse_args(argv)
     if no_gpu("gpu_crossovers", arguments.device):
         return 2
@@ -53,24 +58,40 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    for name, measure in chosen.items():
-        print(f"{name:<42}" + measure(), flush=True)
-    return 0
+    failed, began = [], time.perf_counter()
+    for name, row in chosen.items():
+        if time.perf_counter() - began > arguments.seconds:
+            failed.append(f"{name}: no time left")
+        else:
+            measure(name, row, failed)
+            if on_gpu(arguments.device):
+                torch.cuda.empty_cache()
+    print("\n".join(["every row was measured"] if not failed else ["NOT MEASURED:", *failed]))
+    return 1 if failed else 0
+
+
+def measure(name: str, row: Callable[[], str], failed: list[str]) -> None:
+    """Prints the row, or why there is none, which is appended to failed."""
+    try:
+        print(f"{name:<42}" + row(), flush=True)
+    except Exception as error:  # a wrong result, no memory: the other rows are to be had all the same
+        print(f"{name}\n{traceback.format_exc()}", flush=True)
+        failed.append(f"{name}: {type(error).__name__}")
 
 
 def rows(device: str) -> dict[str, Callable[[], str]]:
-    """What measures each row, by name."""
+    """What measures each row, by name; the convolutions first, whose constants were never measured."""
     real, found = device == "cuda", {}
-    for shape in SHAPES if real else [(32, 48, 0.25, 16)]:
-        for dtype in (F32, BF16):
-            for B in BATCHES if real else (2,):
-                name = "{}->{} d={} G={}".format(*shape) + f" {str(dtype).removeprefix('torch.')} B={B}"
-                found[name] = partial(row, B, *shape, dtype, device)
     for shape in CONVOLUTIONS if real else [(3, 4, 3, 6)]:
         for B in CONVOLVED if real else (2,):
             for active in DENSITIES:
                 name = "conv {0}->{1} {2}x{2} on {3}x{3}".format(*shape) + f" B={B} active={active}"
                 found[name] = partial(convolution_row, B, *shape, active, device)
+    for shape in SHAPES if real else [(32, 48, 0.25, 16)]:
+        for dtype in (F32, BF16):
+            for B in BATCHES if real else (2,):
+                name = "{}->{} d={} G={}".format(*shape) + f" {str(dtype).removeprefix('torch.')} B={B}"
+                found[name] = partial(row, B, *shape, dtype, device)
     return found
 
 
@@ -104,7 +125,7 @@ def row(B: int, I: int, O: int, density: float, group_size: int, dtype: torch.dt
     dense = layer.to_dense()
     wanted = F.linear(x.double(), dense.weight.double(), dense.bias.double())
     functions = {DENSE: partial(dense, x)}
-    for way in ways(density, group_size, device):
+    for way in ways(B, density, group_size, device):
         functions[way, "eager"] = partial(run_forced, way, layer, x)
         error_of(functions[way, "eager"](), wanted, way)
     with torch.no_grad():
@@ -115,10 +136,10 @@ def row(B: int, I: int, O: int, density: float, group_size: int, dtype: torch.dt
     return "  ".join(f"{role} {1e3 * t:.1f} us" for role, t in times.items()) + f"  {chosen}"
 
 
-def ways(density: float, group_size: int, device: str) -> list[str]:
+def ways(B: int, density: float, group_size: int, device: str) -> list[str]:
     if not on_gpu(device):
         return ["as chosen"]
-    return ["rows", "dense", *(["groups"] if group_size >= 16 and density < 1 else [])]
+    return [*["rows"][: B <= ROWS_B], "dense", *["groups"][: group_size >= 16 and density < 1]]
 
 
 def run_forced(way: str, function: Callable, *arguments) -> torch.Tensor:

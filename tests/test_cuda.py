@@ -26,16 +26,17 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def strict():
-    """Sums in float32: no TF32, and no partial sums in 16 bits."""
+    """Sums in float32, always in the same order: no TF32, no partial sums in 16 bits, no float atomics of cuDNN's."""
     settings = [
         (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "deterministic"),
         (torch.backends.cuda.matmul, "allow_tf32"),
         (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
         (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
     ]
     before = [getattr(where, name) for where, name in settings]
     for where, name in settings:
-        setattr(where, name, False)
+        setattr(where, name, name == "deterministic")
     yield
     for (where, name), value in zip(settings, before, strict=True):
         setattr(where, name, value)

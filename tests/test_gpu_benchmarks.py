@@ -85,3 +85,29 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys):
 def test_crossovers(capsys):
     assert gpu_crossovers.main(["--device", "cpu"]) == 0
     assert "of dense" in capsys.readouterr().out
+
+
+def test_a_crossover_that_fails_costs_itself_alone(monkeypatch, capsys):
+    def broken(*_):
+        raise WrongResult("off")
+
+    monkeypatch.setattr(gpu_crossovers, "convolution_row", broken)
+    assert gpu_crossovers.main(["--device", "cpu", "--only", "active=0.1|float32 B=2"]) == 1
+    printed = capsys.readouterr().out
+    assert "active=0.1: WrongResult" in printed
+    assert "of dense" in printed
+    assert gpu_crossovers.main(["--device", "cpu", "--only", "float32 B=2", "--seconds", "-1"]) == 1
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_ways_of_the_crossovers(monkeypatch):
+    monkeypatch.setattr(gpu_crossovers, "on_gpu", lambda device: True)
+    assert gpu_crossovers.ways(64, 0.1, 16, "cuda") == ["rows", "dense", "groups"]
+    assert gpu_crossovers.ways(256, 1.0, 16, "cuda") == ["dense"]
+
+
+def test_the_autoencoder_has_its_time():
+    """What is compiled longest comes last."""
+    names = list(gpu.every_row(gpu.parse(["--device", "cpu"])))
+    assert names.index(gpu.AUTOENCODER) == len(gpu_cases.CASES)
+    assert names[-2:] == list(gpu.COMPILED)
