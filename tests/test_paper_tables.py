@@ -1,5 +1,4 @@
 import argparse
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from sparsekern.paper import (
     scores,
     speech,
     speed,
-    sweep,
     training,
 )
 from sparsekern.paper.datasets import DATA_SETS
@@ -352,70 +350,6 @@ def test_speed_counts_on_a_finished_run(tmp_path, monkeypatch):
 def test_a_table_in_markdown():
     table = Table("Title", ["a", "b"], [["x", "1"]], ["Note."])
     assert table.markdown() == "**Title**\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n\nNote."
-
-
-@pytest.fixture
-def sweeper(tmp_path, monkeypatch, capfd):
-    """Runs a sweep of table1 over seed 42 with these options for Snakemake; returns its status and what it printed."""
-    if importlib.util.find_spec("snakemake") is None:
-        pytest.skip("wants snakemake")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", t.environment()["PYTHONPATH"])
-
-    def start(*options):
-        capfd.readouterr()
-        status = paper.main(["sweep", "table1", "--seeds", "42", "--data", "nowhere", "--snakemake", *options])
-        return status, "".join(capfd.readouterr())
-
-    return start
-
-
-def finish(configurations):
-    for configuration in configurations:
-        result = made_up(configuration)
-        results.write(default_path(configuration), result)
-
-
-@pytest.mark.slow
-def test_a_sweep_runs_what_is_not_finished_and_one_failed_run_does_not_stop_the_others(sweeper):
-    finish(TABLE1.configurations([42])[2:])
-    damaged = default_path(TABLE1.configurations([42])[3])
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    status, said = sweeper()
-    assert status == 1
-    for configuration in [TABLE1.configurations([42])[i] for i in (0, 1, 3)]:
-        log = default_path(configuration).with_suffix(".txt")
-        assert "mnist: wants" in log.read_text()
-    assert len(list(Path("runs/mnist").glob("*.txt"))) == 3
-    assert "set aside" in said
-    finish(TABLE1.configurations([42]))
-    status, said = sweeper()
-    assert status == 0
-
-
-@pytest.mark.slow
-def test_a_sweep_refuses_results_of_another_configuration(sweeper):
-    configurations = TABLE1.configurations([42])
-    finish([replace(configurations[0], network=replace(configurations[0].network, lr=0.5))])
-    before = default_path(configurations[0]).read_bytes()
-    status, said = sweeper()
-    assert status == 1
-    assert "network lr is 0.5 there and 0.01 here" in said
-    assert default_path(configurations[0]).read_bytes() == before
-
-
-def test_a_sweep_command():
-    parser = argparse.ArgumentParser()
-    sweep.add_arguments(parser)
-    arguments = parser.parse_args(
-        ["table1", "gaussian", "--jobs", "3", "--threads", "2", "--snakemake", "--executor", "slurm"]
-    )
-    command = sweep.snakemake_command(arguments)
-    assert command[-2:] == ["--executor", "slurm"]
-    assert command[command.index("--cores") + 1] == "6"
-    assert 'tables=["table1", "gaussian"]' in command
-    assert "seeds=[]" in command
-    assert "--keep-going" in command
 
 
 def test_tables_of_the_few_runs_that_are_there(tmp_path, capsys):

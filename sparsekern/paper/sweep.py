@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tables", nargs="+", choices=COMMANDS, metavar="TABLE", help=", ".join(COMMANDS))
     parser.add_argument("--seeds", type=options.seeds, metavar="A-B", help="by default each table's own")
     parser.add_argument(
-        "--jobs", type=options.at_least(1), default=os.cpu_count(), metavar="N", help="at a time (default: a core each)"
+        "--jobs",
+        type=options.at_least(1),
+        default=os.cpu_count(),
+        metavar="N",
+        help="runs at a time, on a cluster too (default: as many as this machine has cores)",
     )
     parser.add_argument("--threads", type=options.at_least(1), default=1, metavar="N", help="of a run (default: 1)")
     parser.add_argument(
@@ -35,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=argparse.REMAINDER,
         default=[],
         metavar="...",
-        help="the rest goes to Snakemake: --executor slurm",
+        help="the rest goes to Snakemake: --executor slurm, which wants the plugin snakemake-executor-plugin-slurm, sends "
+        "the runs to a cluster whose nodes share this folder and the data",
     )
 
 
@@ -58,7 +63,8 @@ def snakemake_command(arguments: argparse.Namespace) -> list[str]:
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile"))),
         *("--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())),
-        *("--cores", str(arguments.jobs * arguments.threads)),
+        *("--cores", str(arguments.jobs * arguments.threads)),  # of this machine
+        *("--jobs", str(arguments.jobs)),  # of a cluster
         "--keep-going",  # one failed run does not stop the others
         "--rerun-incomplete",  # a killed sweep goes on; a run's file is only there once it is whole
         "--nolock",  # which a killed sweep would leave behind
