@@ -128,6 +128,29 @@ def ddp(rank):
     return train(DistributedDataParallel(model), model, half(rank))
 
 
+def large_layers(seed):
+    """Layers for whose supports the kernels are prepared."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(sk.SparseLinear(512, 512, density=0.1, group_size=group_size) for group_size in (1, 1, 4)),
+        sk.SparseLinear(512, 512, density=0.3),
+    ).double()
+
+
+def large_rows():
+    return torch.randn(B, 512, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def large_ddp(rank):
+    model = large_layers(seed=1 + rank)
+    return DistributedDataParallel(model)(large_rows()).detach()
+
+
+def large_compiled_ddp(rank):
+    model = large_layers(seed=1 + rank)
+    return torch.compile(DistributedDataParallel(model), backend="aot_eager")(large_rows()).detach()
+
+
 def compiled_ddp(rank):
     model = small_model()
     return train(torch.compile(DistributedDataParallel(model), backend="aot_eager"), model, half(rank))
@@ -165,6 +188,8 @@ SCENARIOS = (
     duty_cycle_of_an_idle_rank,
     compiled_duty_cycle,
     ddp,
+    large_ddp,
+    large_compiled_ddp,
     compiled_ddp,
     checkpointed_ddp,
     fsdp,
@@ -264,6 +289,13 @@ def test_training_is_that_of_one_process_on_the_global_batch(results, scenario):
         else:
             assert_same_bits(first[name], value, name)
     assert (wanted["5.weight"] - before["5.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scenario", [large_ddp, large_compiled_ddp])
+def test_all_ranks_have_the_supports_of_the_first(results, scenario):
+    wanted = sk.densify_(large := large_layers(seed=1)) and large(large_rows()).detach()
+    for got in of_each_rank(results, scenario):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_eval_mode_waits_for_nobody(results):

@@ -14,23 +14,23 @@ def draw_supports(in_features: int, groups: int, fan_in: int) -> Tensor:
     straddles two decks takes its second part from the cards it does not hold yet. The groups are then shuffled. Drawn
     from torch's default generator.
     """
-    total = groups * fan_in
-    stream = torch.empty(total + in_features, dtype=torch.int64)
+    total, device = groups * fan_in, "cpu"  # whatever the default device is
+    stream = torch.empty(total + in_features, dtype=torch.int64, device=device)
     dealt = 0
     while dealt < total:
-        deck = torch.randperm(in_features)
+        deck = torch.randperm(in_features, device=device)
         held = dealt % fan_in  # cards that the straddling group holds of the last deck
         if held:
-            fresh = torch.ones(in_features, dtype=torch.bool)
+            fresh = torch.ones(in_features, dtype=torch.bool, device=device)
             fresh[stream[dealt - held : dealt]] = False
             is_fresh = fresh[deck]
             fresh_cards, held_cards = deck[is_fresh], deck[~is_fresh]
             need = fan_in - held
             rest = torch.cat([fresh_cards[need:], held_cards])
-            deck = torch.cat([fresh_cards[:need], rest[torch.randperm(len(rest))]])
+            deck = torch.cat([fresh_cards[:need], rest[torch.randperm(len(rest), device=device)]])
         stream[dealt : dealt + in_features] = deck
         dealt += in_features
-    return stream[:total].view(groups, fan_in)[torch.randperm(groups)]
+    return stream[:total].view(groups, fan_in)[torch.randperm(groups, device=device)]
 
 
 def supports_to_indices(supports: Tensor, in_features: int) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class SparseConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
         if self.mask is not None:
             supports = draw_supports(places, self.out_channels, max(1, round(self.density * places)))
-            mask = torch.zeros(self.out_channels, places, dtype=torch.bool).scatter_(1, supports, True)
+            mask = supports.new_zeros(self.out_channels, places, dtype=torch.bool).scatter_(1, supports, True)
             self.mask.copy_(mask.view_as(self.mask))
             with torch.no_grad():
                 self.weight.mul_(self.mask)

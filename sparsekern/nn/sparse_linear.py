@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
 from sparsekern.ops import _check
@@ -20,6 +21,17 @@ from sparsekern.ops.sparse_linear import (
     split_groups,
 )
 from sparsekern.ops.sparse_linear_reference import compress, densify
+
+
+class PackedSupport(NamedTuple):
+    """What the kernels want of a support, prepared once. No buffers: DDP would send those of rank 0 to the others."""
+
+    made_of: Tensor | None = None  # row_indices
+    version: int | None = None  # of row_indices then; tensors made in inference mode have none
+    ccol_indices: Tensor | None = None  # what the kernels take in the place of the layer's, with bits
+    row_indices: Tensor | None = None
+    bits: Tensor | None = None
+    plan: Tensor | None = None
 
 
 class SparseLinear(nn.Module):
@@ -53,6 +65,7 @@ class SparseLinear(nn.Module):
             smaller, the lanes past it stay unused. :meth:`densify` lays them out.
         bias: (O,) or None.
         ccol_indices, row_indices: int32 buffers, PyTorch's ``sparse_bsc`` indices of the support, in the state_dict.
+            Whoever changes them in place calls the layer once before calling what was compiled of it before.
     """
 
     def __init__(
@@ -90,9 +103,7 @@ class SparseLinear(nn.Module):
         )
         self.register_buffer("ccol_indices", torch.empty(in_features + 1, dtype=torch.int32, device=device))
         self.register_buffer("row_indices", torch.empty(blocks, dtype=torch.int32, device=device))
-        for name in ("support_bits", "support_plan", "unit_ccol_indices", "unit_row_indices"):  # see _pack_support
-            self.register_buffer(name, None, persistent=False)
-        self._packed: tuple = (None, None)  # which row_indices, and their version, support_bits were made from
+        self._packed = PackedSupport()
 
     def reset_parameters(self) -> None:
         """Draws support, weights and bias anew (a support that was given is kept)."""
@@ -118,21 +129,39 @@ class SparseLinear(nn.Module):
             last = self.row_indices == self.out_features // self.group_size
             self.weight[last, used:] = 0
 
+    @torch.inference_mode(False)  # what is made in it could not be saved for a backward pass
     @torch.no_grad()
     def _pack_support(self) -> None:
         ccol, rows, group_size = self.ccol_indices, self.row_indices, self.group_size
-        # Tensors made in inference mode have no version.
-        self._packed = (id(rows), None if rows.is_inference() else rows._version)
-        if rows.is_meta:
+        made_of, version = rows, None if rows.is_inference() else rows._version
+        if group_size >= 16 or not _has_values(rows):
+            self._packed = PackedSupport(made_of, version)
             return
         # Groups too small for a register are as stored a layer without groups, whose kernels are 1.5 to 3 times as fast.
-        as_units = 1 < group_size < 16 and self.out_features % group_size == 0 and rows.is_cpu
-        if as_units:
+        if group_size > 1 and self.out_features % group_size == 0 and rows.is_cpu:
             ccol, rows, group_size = *split_groups(ccol, rows, group_size), 1
-        self.support_bits = pack_support(ccol, rows, self.out_features, group_size)
-        self.support_plan = plan_support(ccol, rows, self.out_features, self.support_bits)
-        keep = as_units and self.support_bits is not None
-        self.unit_ccol_indices, self.unit_row_indices = (ccol, rows) if keep else (None, None)
+        bits = pack_support(ccol, rows, self.out_features, group_size)
+        plan = plan_support(ccol, rows, self.out_features, bits)
+        if rows is made_of or bits is None:
+            ccol = rows = None
+        self._packed = PackedSupport(made_of, version, ccol, rows, bits, plan)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        before, rows = self._packed.made_of, self.row_indices
+        if before is not rows:  # for instance on another device
+            self._packed = PackedSupport()
+            # to_empty() leaves nothing to prepare.
+            if _has_values(before) and _has_values(rows) and torch.equal(before.to(rows.device), rows):
+                self._pack_support()
+        return self
+
+    def __getstate__(self):
+        return self.__dict__ | {"_packed": PackedSupport()}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._pack_support()
 
     def forward(self, x: Tensor) -> Tensor:
         # What is looked up, called and checked here takes as long as the sums of a small layer. Module.__getattr__ is the
@@ -143,16 +172,18 @@ class SparseLinear(nn.Module):
         ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
         bits = plan = None
         if self.group_size < 16:
-            packed = is_compiling() or (
-                self._packed[0] == id(rows) and (self._packed[1] is None or self._packed[1] == rows._version)
-            )
-            if not packed and not are_transforms_active():  # under which rows may be one of many supports
-                self._pack_support()
-                packed = True
-            if packed:
-                bits, plan = buffers["support_bits"], buffers["support_plan"]
-                if bits is not None and self.group_size > 1:
-                    ccol, rows = buffers["unit_ccol_indices"], buffers["unit_row_indices"]
+            packed = self._packed
+            if is_compiling():
+                fits = _fits_traced(packed, rows)
+            else:
+                fits = packed.made_of is rows and (packed.version is None or packed.version == rows._version)
+                if not fits and not are_transforms_active():  # under which rows may be one of many supports
+                    self._pack_support()
+                    packed, fits = self._packed, True
+            if fits:
+                bits, plan = packed.bits, packed.plan
+                if packed.row_indices is not None:
+                    ccol, rows = packed.ccol_indices, packed.row_indices
         plain = (
             isinstance(x, Tensor)
             and x.is_cpu
@@ -164,8 +195,12 @@ class SparseLinear(nn.Module):
         )
         if plain and not is_grad_enabled():
             return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
-        if not plain and rows is not buffers["row_indices"]:
-            weight = weight.reshape(-1, 1)
+        if not plain and bits is not None:
+            if bits.device != buffers["row_indices"].device:  # moved by FSDP, which keeps tensor and version
+                self._packed = PackedSupport()
+                return self.forward(x)
+            if rows is not buffers["row_indices"]:
+                weight = weight.reshape(-1, 1)
         function = sparse_linear_rows if plain else sparse_linear_prepared
         return function(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan)
 
@@ -318,3 +353,26 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{support}, group_size={self.group_size}" + (", sparse_input_grad=True" if self.sparse_input_grad else "")
         )
+
+
+def _has_values(t: Tensor | None) -> bool:
+    return type(t) is Tensor and not t.is_meta  # a fake tensor is of another type
+
+
+def _fits_traced(packed: PackedSupport, rows: Tensor) -> bool:
+    """While a layer is traced: whether packed was made of rows, as far as can be told.
+
+    In-place changes after the trace are not seen: the layer is then to be called once outside of it.
+    """
+    if is_exporting() and not is_dynamo_compiling():  # rows stands for a tensor
+        mode, made_of = getattr(rows, "fake_mode", None), packed.made_of
+        return mode is not None and made_of is not None and mode.from_tensor(made_of, static_shapes=True) is rows
+    if packed.made_of is not rows:
+        return False
+    return packed.version is None or is_exporting() or _is_version(rows, packed.version)
+
+
+@torch.compiler.assume_constant_result
+def _is_version(t: Tensor, version: int) -> bool:
+    """Called with the tensor itself while a graph that has it as an input is traced."""
+    return t._version == version

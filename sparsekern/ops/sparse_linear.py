@@ -93,7 +93,7 @@ def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, g
         return None
     words = -(-out_features // 64)
     rows = row_indices.long()
-    bits = torch.zeros((len(ccol_indices) - 1) * words, dtype=torch.int64)
+    bits = rows.new_zeros((len(ccol_indices) - 1) * words)
     bits.index_add_(
         0,
         reference.block_inputs(ccol_indices, len(row_indices)) * words + rows // 64,
@@ -128,7 +128,7 @@ def plan_support(
     source = torch.argsort(by_count, stable=True)  # of an output's weights those of lower inputs are stored first
     entry = torch.unique_consecutive(entry[source])
     lists = (
-        torch.searchsorted(entry, torch.arange(cells + 1) * PLAN_OUTPUTS),
+        torch.searchsorted(entry, torch.arange(cells + 1, device=entry.device) * PLAN_OUTPUTS),
         torch.nn.functional.pad(counts[entry].cumsum(0), (1, 0)),
         entry % PLAN_OUTPUTS,
         inputs[source] % PLAN_INPUTS,
