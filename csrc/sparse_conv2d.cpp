@@ -105,18 +105,17 @@ class Packed {
     const bool channels_last = !weight.is_contiguous();
     const int64_t panels = kernels().panels(conv, transposed);
     const size_t bytes = kernels().packed_bytes(conv, transposed), weight_bytes = weight.numel() * weight.element_size();
-    const void* from = weight.data_ptr();
-    const auto pack = [&](void* to) {
+    const auto pack = [&](const void* from, void* to) {
       torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
         kernels().pack(conv, transposed, from, channels_last, to, begin, end - begin);
       });
     };
     if (conv.B <= kFewSamples && weight_bytes <= KeptWeights::kMostBytes) {
       static KeptWeights kept;
-      kept_ = kept.get(conv, transposed, from, weight_bytes, channels_last, bytes, pack);
+      kept_ = kept.get(conv, transposed, weight.data_ptr(), weight_bytes, channels_last, bytes, pack);
       data_ = kept_->packed.get();
     } else {
-      pack(data_ = scratch(0, bytes));
+      pack(weight.data_ptr(), data_ = scratch(0, bytes));
     }
   }
   void* data() const { return data_; }
@@ -237,10 +236,11 @@ Way input_way(const Conv2d& conv, double in_x, double in_grad) {
 }
 
 Way weight_way(const Conv2d& conv, double in_x, double in_grad) {
+  if (!sparse_possible(conv)) return Way::dense; // first: weight_cost asks the kernels for a plan
   const double by_x = weight_cost(conv, false, in_x), by_grad = weight_cost(conv, true, in_grad);
   // The dense way takes about 1.3 cycles for 16 products of float32.
   const double dense = 1.3 * dense_product(conv) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
-  if (!sparse_possible(conv) || std::min(by_x, by_grad) > dense) return Way::dense;
+  if (std::min(by_x, by_grad) > dense) return Way::dense;
   return by_grad < by_x ? Way::by_grad : Way::by_x;
 }
 

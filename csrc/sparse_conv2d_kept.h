@@ -3,9 +3,11 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "sparse_conv2d.h"
 
@@ -16,8 +18,9 @@ struct KeptWeight {
   Isa isa;
   Conv2d conv;
   bool transposed, channels_last;
-  size_t weight_bytes;
+  size_t weight_bytes, packed_bytes;
   std::unique_ptr<char, void (*)(void*)> weight, packed;
+  size_t bytes() const { return weight_bytes + packed_bytes; }
 };
 
 inline std::unique_ptr<char, void (*)(void*)> aligned_bytes(size_t n) {
@@ -30,31 +33,40 @@ inline std::unique_ptr<char, void (*)(void*)> aligned_bytes(size_t n) {
 // it, `.data` included, goes unseen; reading both copies costs a third of packing.
 class KeptWeights {
  public:
-  static constexpr int kMost = 16;
+  static constexpr size_t kMost = 16;
   static constexpr size_t kMostBytes = size_t(8) << 20; // of one weight: larger ones leave no cache for the copy
 
-  // The packed weight, kept or from pack(void* packed) now; valid while the pointer is held.
+  // The packed weight, kept or from pack(const void* weight, void* packed) now; valid while the pointer is held.
   template <class F>
   std::shared_ptr<const KeptWeight> get(const Conv2d& conv, bool transposed, const void* weight, size_t weight_bytes,
                                         bool channels_last, size_t packed_bytes, const F& pack) {
-    for (int i = 0; i < kMost; i++) {
+    for (size_t i = 0; i < kMost; i++) {
       auto kept = at(i);
-      if (kept && same(*kept, conv, transposed, weight, weight_bytes, channels_last)) return kept;
+      if (!kept) break;
+      if (same(*kept, conv, transposed, weight, weight_bytes, channels_last)) return kept;
     }
-    auto made = std::make_shared<KeptWeight>(KeptWeight{isa(), conv, transposed, channels_last, weight_bytes,
+    auto made = std::make_shared<KeptWeight>(KeptWeight{isa(), conv, transposed, channels_last, weight_bytes, packed_bytes,
                                                         aligned_bytes(weight_bytes), aligned_bytes(packed_bytes)});
     std::memcpy(made->weight.get(), weight, weight_bytes);
-    pack(made->packed.get());
-    const std::lock_guard<std::mutex> lock(mutex_);
-    kept_[next_] = made;
-    next_ = (next_ + 1) % kMost;
+    pack(made->weight.get(), made->packed.get()); // of the copy: another thread may be writing to the weight
+    keep(made);
     return made;
   }
 
  private:
-  std::shared_ptr<const KeptWeight> at(int i) {
+  static constexpr size_t kMostInAll = size_t(64) << 20;
+
+  std::shared_ptr<const KeptWeight> at(size_t i) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return kept_[i];
+    return i < kept_.size() ? kept_[i] : nullptr;
+  }
+
+  // Drops the oldest while they are too many or too large: what is larger than the bound by itself is not kept.
+  void keep(std::shared_ptr<const KeptWeight> made) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_ += made->bytes();
+    kept_.push_back(std::move(made));
+    for (; kept_.size() > kMost || bytes_ > kMostInAll; kept_.pop_front()) bytes_ -= kept_.front()->bytes();
   }
 
   static bool same(const KeptWeight& kept, Conv2d conv, bool transposed, const void* weight, size_t weight_bytes,
@@ -66,8 +78,8 @@ class KeptWeights {
   }
 
   std::mutex mutex_;
-  std::shared_ptr<const KeptWeight> kept_[kMost];
-  int next_ = 0;
+  std::deque<std::shared_ptr<const KeptWeight>> kept_; // oldest first
+  size_t bytes_ = 0;
 };
 
 } // namespace sparsekern

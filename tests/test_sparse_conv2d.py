@@ -131,6 +131,17 @@ def test_samples_of_very_different_activity(memory_format):
         compare_case(x, weight, bias, 1, 1, grad_y, sparse_input_grad, f"{sparse_input_grad=}")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "width"), [((1, 80), (1, 80), 320), ((1, 3), (1, 100), 320), ((1, 800), (1, 1), 1000)]
+)
+def test_kernels_and_strides_wider_than_a_plan_holds(kernel, stride, width):
+    x = torch.relu(torch.randn(2, 4, 3, width))
+    weight, bias = torch.randn(8, 4, *kernel), torch.randn(8)
+    grad_y = torch.randn(out_shape(x.shape, 8, kernel, stride, (0, 0)))
+    for sparse_input_grad in (False, True):
+        compare_case(x, weight, bias, stride, 0, grad_y, sparse_input_grad, f"{kernel=} {stride=}")
+
+
 @st.composite
 def problems(draw):
     kernel, stride, padding = (
