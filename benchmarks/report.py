@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import os
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.ops import _library
-from sparsekern.paper.results import processor
+from sparsekern.paper.results import commit, processor, today
 from timing import Timing
 
 OURS, DENSE = "sparsekern", "dense"
@@ -139,22 +137,9 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, str]:
         "sparsekern": sk.__version__,
         "kernels": "reference bodies" if C is None or not cpu else C.instruction_set(),
         "compiler": "" if C is None else C.compiler,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(Path(__file__).parent),
+        "date": today(),
     }
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        # Result files and what is made from them may change: one run writes several.
-        code = [":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md"]
-        status = [*git, "status", "--porcelain", "-uno", "--", *code]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def write_csv(path: Path, results: list[Result], where: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from sparsekern.paper import (
     scores,
     speech,
     speed,
+    speed_tables,
     training,
 )
 from sparsekern.paper.datasets import DATA_SETS
@@ -303,10 +304,15 @@ def test_speed(tmp_path, monkeypatch, capsys):
     small = {"sparseCNN1": t.NETWORK}
     monkeypatch.setattr(speed, "networks", lambda data_set: small)
     monkeypatch.setattr(speed, "load_data", lambda *_: t.Data())
-    monkeypatch.setattr(speed, "ROUNDS", {"training step": 1, "inference": 1})
+    monkeypatch.setattr(speed, "ROUNDS", {"training step": 2, "inference": 2})
     assert paper.main(["speed", "--steps", "2", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "Section 4.3: measured" in out
+    assert "Section 4.3, MNIST: times" in out
+    [line] = [line for line in out.splitlines() if line.startswith("sparseCNN1: training step, batch 64")][:1]
+    assert len(re.findall(r"\d ± \d+\.\d\dx", line)) == 4
+    times = results.read(speed.times_path(tmp_path))
+    assert times.environment["date"] == results.today()
+    assert times.environment["commit"] == results.commit()
     rows = results.read(speed.products_path(tmp_path)).rows
     [hidden, *_] = [row for row in rows if row["layer"] == "hidden"]
     assert int(hidden["dense"]) == 4 * 12 * 12 * 20
@@ -316,8 +322,20 @@ def test_speed(tmp_path, monkeypatch, capsys):
     assert float(hidden["inference"]) == pytest.approx(1.5 * float(hidden["training"]), rel=0.1)
     torch.manual_seed(1)
     assert {row["weights"] for row in rows} == {"2 steps, seed 42"}
+    arguments = argparse.Namespace(seeds=[42], runs=tmp_path, device="cpu")
+    path = default_path(training.Configuration(t.NETWORK, 42), tmp_path)
+    t.run(log_folder(path), training.Configuration(t.NETWORK, 42))._save()
+    assert not speed.could_be_trained(rows, arguments)
+    path.touch()
+    assert speed.could_be_trained(rows, arguments)
+    assert not speed.could_be_trained([{**row, "weights": "15 epochs, seed 42"} for row in rows], arguments)
     assert paper.main(["speed", "--steps", "2", "--out", str(tmp_path)]) == 0  # from the files
     assert paper.main(["speed", "--steps", "3", "--out", str(tmp_path)]) == 1
+
+
+def test_networks_that_are_dense_in_every_variant():
+    for data_set, names in (("mnist", ["denseCNN1", "denseCNN2"]), ("speech", ["denseCNN2", "denseCNN2-dropout"])):
+        assert [name for name, network in networks(data_set).items() if speed_tables.is_dense(network)] == names
 
 
 def test_speed_counts_on_a_finished_run(tmp_path, monkeypatch):

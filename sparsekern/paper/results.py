@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import errno
 import hashlib
 import io
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,24 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """The commit of the checkout that a folder is in, with a + where its code has changes; empty where there is none."""
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        # Result files and what is made from them may change: one run writes several.
+        code = [":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md"]
+        status = [*git, "status", "--porcelain", "-uno", "--", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
 
 
 def write(path: Path, result: Result) -> None:
@@ -155,15 +175,32 @@ def read_as(path: Path, configuration: dict, *, report=print) -> Result | None:
     return result
 
 
-def made_once(path: Path, configuration: dict, make: Callable[[], list[dict]], *, device="cpu", report=print) -> Result:
+def made_once(
+    path: Path,
+    configuration: dict,
+    make: Callable[[], list[dict]],
+    *,
+    device="cpu",
+    report=print,
+    outdated: Callable[[list[dict]], bool] = lambda rows: False,
+) -> Result:
     """The result in a file, or, where there is none or a damaged one, what ``make`` returns, written there.
+
+    Args:
+        path: of the file.
+        configuration: everything that decides the rows' values.
+        make: returns the rows.
+        device: that it computes on.
+        report: called with a line of text about where the result comes from.
+        outdated: whether rows from the file are to be made anew all the same.
 
     Raises:
         ConfigurationMismatch: the file holds the result of another configuration.
     """
     result = read_as(path, configuration, report=report)
-    if result is None:
-        write(path, Result(configuration, make(), environment(device)))
+    if result is None or outdated(result.rows):
+        made_at = {"commit": commit(), "date": today()}
+        write(path, Result(configuration, make(), {**environment(device), **made_at}))
         report(f"written to {path}")
         result = read(path)
     return result

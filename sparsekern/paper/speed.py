@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from sparsekern.paper import options, results, runs
+from sparsekern.paper import checkpoint, options, results, runs
 from sparsekern.paper.networks import Network, build, networks, place
 from sparsekern.paper.plain import rezero_
 from sparsekern.paper.progress import console, track
 from sparsekern.paper.scores import FAST_LAYOUT
-from sparsekern.paper.tables import Table
-from sparsekern.paper.train import RUNS, add_machine_arguments, load_data
+from sparsekern.paper.speed_tables import products_path, show, times_path
+from sparsekern.paper.train import RUNS, add_machine_arguments, default_path, load_data, log_folder
 from sparsekern.paper.training import Configuration
 
 HELP = "products layer by layer on real activations, and measured speed-ups"
 SETS = ("mnist", "speech")
 BATCH = 64
-PAPER = {("sparseCNN2", "conv2"): "10.5", ("sparseCNN2", "hidden"): "20", ("superSparseCNN2", "hidden"): "35"}
 ROUNDS = {"training step": 9, "inference": 25}  # timed calls of each network, in turn
 
 
@@ -59,20 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     configuration = {name: getattr(arguments, name) for name in ("steps", "seeds", "group_size", "device")}
     load = cache(lambda data_set: load_data(data_set, arguments, arguments.seeds[0], arguments.device))
-    for path, make in ((products_path(arguments.out), count), (times_path(arguments.out), measure)):
+    for path, make, outdated in (
+        (products_path(arguments.out), count, partial(could_be_trained, arguments=arguments)),
+        (times_path(arguments.out), measure, lambda rows: False),
+    ):
         rows = partial(over_networks, make, load, arguments, out)
-        results.made_once(path, {**configuration, "batch": BATCH}, rows, device=arguments.device, report=out.print)
+        options = {"device": arguments.device, "report": out.print, "outdated": outdated}
+        results.made_once(path, {**configuration, "batch": BATCH}, rows, **options)
     for table in show(arguments.out):
         table.print(out)
     return 0
-
-
-def products_path(folder: Path) -> Path:
-    return folder / "products.csv"
-
-
-def times_path(folder: Path) -> Path:
-    return folder / "speed.csv"
 
 
 def over_networks(make: Callable, load: Callable, arguments: argparse.Namespace, out: Console) -> list[dict]:
@@ -83,6 +78,17 @@ def over_networks(make: Callable, load: Callable, arguments: argparse.Namespace,
         for name in track(networks(data_set), f"{make.__name__} {data_set} networks", out)
         for row in make(networks(data_set)[name], load(data_set), arguments, out.print)
     ]
+
+
+def could_be_trained(rows: list[dict], arguments: argparse.Namespace) -> bool:
+    """Whether products were counted after a network's first steps, of which there is a finished run by now."""
+    wanting = {(row["data_set"], row["network"]) for row in rows if "steps" in row["weights"]}
+    paths = [
+        default_path(Configuration(networks(data_set)[name], seed, device=arguments.device), arguments.runs)
+        for data_set, name in wanting
+        for seed in arguments.seeds
+    ]
+    return any(path.exists() and (log_folder(path) / checkpoint.NAME).exists() for path in paths)
 
 
 def trained(network: Network, data, arguments: argparse.Namespace, report) -> tuple[nn.Sequential, str]:
@@ -154,10 +160,11 @@ def measure(network: Network, data, arguments: argparse.Namespace, report) -> li
     if network.density == 1:
         del models["fast"]  # the same network
     calls = {kind: partial(step, x, labels) for kind, (_, step) in models.items()}
-    rows = [{"use": "training step", "batch": BATCH, "fast": "", **medians(calls, "training step")}]
+    without = {"fast": "", "spread fast": ""}
+    rows = [{"use": "training step", "batch": BATCH, **without, **timed(calls, "training step")}]
     for size in (1, BATCH):
         calls = {kind: partial(infer, model.eval(), x[:size]) for kind, (model, _) in models.items()}
-        rows.append({"use": "inference", "batch": size, "fast": "", **medians(calls, "inference")})
+        rows.append({"use": "inference", "batch": size, **without, **timed(calls, "inference")})
     return rows
 
 
@@ -166,8 +173,11 @@ def infer(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
-def medians(calls: dict[str, Callable], use: str) -> dict[str, float]:
-    """The median time of each call in milliseconds, taken in turn, so that what else the machine does meets all alike."""
+def timed(calls: dict[str, Callable], use: str) -> dict[str, float]:
+    """The median time of each call in milliseconds and its spread, half the distance of the quartiles.
+
+    They are taken in turn, so that what else the machine does meets all alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS[use] + 1):  # the first warms up
         for name, call in calls.items():
@@ -175,70 +185,9 @@ def medians(calls: dict[str, Callable], use: str) -> dict[str, float]:
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
-    return {name: round(1e3 * statistics.median(ts[1:]), 4) for name, ts in times.items()}
-
-
-def show(folder: Path) -> list[Table]:
-    products, times = (results.read(path(folder)) for path in (products_path, times_path))
-    return [products_table(products.rows, products_path(folder)), times_table(times, times_path(folder))]
-
-
-def products_table(rows: list[dict], path: Path) -> Table:
-    cells = []
-    for row in rows:
-        dense, training, inference = (float(row[name]) for name in ("dense", "training", "inference"))
-        paper = PAPER.get((row["network"], row["layer"])) if row["data_set"] == "speech" else None
-        cells.append(
-            [
-                f"{row['data_set']} {row['network']}: {row['layer']}",
-                *(f"{products:,.0f}" for products in (dense, training, inference)),
-                *(f"{dense / products:.1f}x" for products in (training, inference)),
-                f"{paper}x" if paper else "-",
-                row["weights"],
-            ]
-        )
-    columns = [
-        "layer",
-        "dense",
-        "non-zero, training",
-        "non-zero, inference",
-        "saved, training",
-        "saved, inference",
-        "paper",
-        "weights after",
-    ]
-    notes = [
-        f"Products a sample, counted on the real activations of {BATCH} test samples; in inference 1.5 times as many "
-        "units win as in training. A winner at a map's border meets fewer of the next convolution's weights, so that what "
-        "is saved there depends on where the winners are: more than n / k for weights that have hardly been trained. "
-        "The paper's 10.5x (12544 / 1200) and 20x (1600 x 1000 / (200 x 0.4 x 1000)) are those of training's winners. "
-        "Its 35x sets superSparseCNN2's hidden layer against the dense network's of 1000 units, and is reached with the "
-        "300 winners of inference, 1600 x 1000 / (300 x 0.1 x 1500) = 35.6x; with training's 200 it is 53x, and against a "
-        "dense layer of its own 1500 units 80x.",
-        f"From {path}.",
-    ]
-    return Table("Section 4.3: products", columns, cells, notes)
-
-
-def times_table(result: results.Result, path: Path) -> Table:
-    cells = []
-    for row in result.rows:
-        times = {kind: float(row[kind]) for kind in ("sparse", "fast", "plain", "dense") if row[kind]}
-        cells.append(
-            [
-                f"{row['data_set']} {row['network']}: {row['use']}, batch {row['batch']}",
-                *(f"{times[kind]:.2f}" if kind in times else "-" for kind in ("sparse", "fast", "plain", "dense")),
-                *(_ratio(times, other, kind) for kind in ("sparse", "fast") for other in ("plain", "dense")),
-            ]
-        )
-    fast = f"G = {result.configuration['group_size']}"
-    columns = ["network and use", "G = 1, ms", f"{fast}, ms", "plain PyTorch, ms", "dense ReLU, ms"]
-    columns += [f"{layout} against {other}" for layout in ("G = 1", fast) for other in ("plain", "dense")]
-    where = result.environment
-    note = f"Median times on {where['device']}, {where['threads']} threads, torch {where['torch']}. From {path}."
-    return Table("Section 4.3: measured", columns, cells, [note])
-
-
-def _ratio(times: dict[str, float], other: str, kind: str) -> str:
-    return f"{times[other] / times[kind]:.2f}x" if kind in times else "-"
+            times[name].append(1e3 * (time.perf_counter() - started))
+    found = {}
+    for name, of_call in times.items():
+        low, median, high = statistics.quantiles(of_call[1:], method="inclusive")
+        found |= {name: round(median, 4), f"spread {name}": round((high - low) / 2, 4)}
+    return found
