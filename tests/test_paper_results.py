@@ -118,6 +118,30 @@ def test_a_kill_or_a_full_disk_leaves_the_old_result_or_the_new(tmp_path, monkey
     assert sorted(p.name for p in tmp_path.iterdir()) == ["table.csv", "table.csv.sha256"]
 
 
+def test_a_full_disk_after_a_kill_leaves_the_newest_result(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    results.write(path, Result({}, [{"n": "1"}], {}))
+    # The second writer's first step is the renaming that the first one did not come to.
+    for n, step, error in (("2", 3, KeyboardInterrupt()), ("3", 1, OSError("No space left on device"))):
+        with monkeypatch.context() as patch:
+            dying_at(step, patch, error)
+            with pytest.raises(type(error)):
+                results.write(path, Result({}, [{"n": n}], {}))
+    assert results.read(path).rows == [{"n": "2"}]
+
+
+def test_who_may_not_write_reads_what_a_killed_writer_left(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    results.write(path, Result({}, ROWS, {}))
+    path.rename(checkpoint.beside(path))
+
+    def refused(*paths):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(results.os, "replace", refused)
+    assert len(results.read(path).rows) == 2
+
+
 def test_what_a_killed_writer_left_is_never_taken_for_the_result(tmp_path):
     path = tmp_path / "table.csv"
     results.write(path, Result({}, ROWS, {}))

@@ -208,6 +208,12 @@ def test_few_runs_cannot_decide():
     )
 
 
+def test_a_difference_of_seeds_that_score_alike():
+    pytest.importorskip("scipy")
+    difference = comparing.Difference("what", "test", ".2f", [2.0, 2.0], [1.0, 1.0])
+    assert difference.cells()[:6] == ["what", "1.00", "2.00", "+1.00", "+1.00 to +1.00", "-"]
+
+
 def test_scores_on_another_test_set_are_in_percent():
     ours, theirs = runs.noise_unit(500, published("speech")["sparseCNN2"], 11)
     assert ours(2750, 55) == "50.0 ± 1.0 %"

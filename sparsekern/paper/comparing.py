@@ -74,7 +74,9 @@ class Difference:
         self.tested = min(self.counts) > 1
 
     def interval(self) -> tuple[float, float]:
-        """Welch's, of the difference."""
+        """Welch's, of the difference; without spread, the difference itself."""
+        if self.error == 0:
+            return self.value, self.value
         return self._welch().confidence_interval(1 - LEVEL)
 
     def _welch(self):
@@ -89,7 +91,7 @@ class Difference:
             *(format(mean, self.unit) for mean in self.means),
             format(self.value, "+" + self.unit),
             f"{low:+{self.unit}} to {high:+{self.unit}}",
-            f"{self._welch().pvalue:.3f}",
+            f"{self._welch().pvalue:.3f}" if self.error else "-",
             f"{_stats().mannwhitneyu(self.ours, self.theirs).pvalue:.3f}",
         ]
 

@@ -118,10 +118,13 @@ def write_checked(path: Path, content: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = beside(path)
+    with contextlib.suppress(FileNotFoundError, DamagedResult):
+        read_checked(path)  # where a writer was killed, its content is moved out of the way first
     write_synced(new, content)
     write_atomically(_checksum_path(path), f"{_sha256(content)}  {path.name}\n".encode())
     sync_folder(path.parent)  # the two renames last in this order
-    _finish(new, path)
+    with contextlib.suppress(FileNotFoundError):  # a reader was faster
+        os.replace(new, path)
     sync_folder(path.parent)
 
 
@@ -138,7 +141,8 @@ def read_checked(path: Path) -> bytes:
     if content is not None and _sha256(content) == wanted:
         return content
     if new.exists() and _sha256(newer := new.read_bytes()) == wanted:
-        _finish(new, path)
+        with contextlib.suppress(OSError):  # who may not write here can read all the same
+            os.replace(new, path)
         return newer
     if content is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -146,11 +150,6 @@ def read_checked(path: Path) -> bytes:
         raise DamagedResult(f"{path}: its checksum {checksum.name} is not there")
     found = _sha256(content)
     raise DamagedResult(f"{path}: wants SHA-256 {wanted[:12]}..., got {found[:12]}... of {len(content)} bytes")
-
-
-def _finish(new: Path, path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError, PermissionError):  # another process has; a reader may not
-        os.replace(new, path)
 
 
 def _sha256(content: bytes) -> str:
