@@ -20,9 +20,15 @@ void check(const char* op, const Tensor& x, const Tensor& other) {
 
 LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int64_t outputs, int64_t group,
                       const std::optional<Tensor>& bits = {}) {
-  // What a module made on a GPU and moved here would be of int32.
-  return {ccol_indices.size(0) - 1, outputs, group, (const int32_t*)ccol_indices.const_data_ptr(),
-          (const int32_t*)row_indices.const_data_ptr(),
+  STD_TORCH_CHECK(ccol_indices.scalar_type() == ScalarType::Int && row_indices.scalar_type() == ScalarType::Int &&
+                      ccol_indices.size(0) > 0,
+                  "sparse_linear: wants ccol_indices (I + 1,) and row_indices (blocks,) in int32");
+  const int64_t inputs = ccol_indices.size(0) - 1;
+  const auto* ccol = (const int32_t*)ccol_indices.const_data_ptr();
+  STD_TORCH_CHECK(ccol[0] == 0 && ccol[inputs] == row_indices.size(0),
+                  "sparse_linear: wants ccol_indices ascending from 0 to the number of blocks");
+  return {inputs, outputs, group, ccol, (const int32_t*)row_indices.const_data_ptr(),
+          // What a module made on a GPU and moved here would be of int32.
           bits && bits->scalar_type() == ScalarType::Long ? (const uint64_t*)bits->const_data_ptr() : nullptr};
 }
 

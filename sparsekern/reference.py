@@ -54,6 +54,7 @@ def sparse_linear(
 ) -> Tensor:
     """See :func:`sparsekern.functional.sparse_linear`."""
     _sparse_linear.check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
+    _sparse_linear.check_support(ccol_indices, row_indices, -(-out_features // weight.shape[1]))
     x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
     x = _grad_at_nonzeros(x) if sparse_input_grad else x
     return torch.nn.functional.linear(x, densify(weight, ccol_indices, row_indices, out_features), bias)

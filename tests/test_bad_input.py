@@ -146,6 +146,17 @@ SPARSE_LINEAR = [
 ]
 
 
+RANGE, ASCENDING = "wants row_indices in 0..1, got {}", "wants ccol_indices ascending from 0 to the number of blocks"
+SPARSE_LINEAR += [
+    (ValueError, RANGE.format("0..1000000"), *linear(row_indices=torch.tensor([0, 10**6, 1]).int())),
+    (ValueError, RANGE.format("-1..1"), *linear(row_indices=torch.tensor([0, 1, -1]).int())),
+    (ValueError, ASCENDING, *linear(ccol_indices=torch.tensor([0, 10**8, 3]).int())),
+    (ValueError, ASCENDING, *linear(ccol_indices=torch.tensor([0, 2, 4]).int())),
+    (ValueError, ASCENDING, *linear(ccol_indices=torch.tensor([1, 2, 3]).int())),
+    (ValueError, "wants row_indices ascending within each input", *linear(row_indices=torch.tensor([1, 0, 1]).int())),
+]
+
+
 def conv(**changed):
     return (), {"x": x(2, 3, 6, 5), "weight": x(4, 3, 3, 2), "bias": x(4), **changed}
 

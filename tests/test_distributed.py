@@ -176,6 +176,27 @@ def fsdp(rank):
     return train(model, model, half(rank))
 
 
+def fsdp_state(rank):
+    """What a sharded layer says of itself, and that it loads its own state_dict."""
+    torch.manual_seed(1)
+    layers = nn.Sequential(sk.SparseLinear(64, 40, density=0.2, group_size=16), sk.SparseLinear(40, 24, density=0.2))
+    whole = copy.deepcopy(layers)
+    fully_shard(layers)
+    layers.load_state_dict(layers.state_dict())
+    results = {}
+    for i, (got, wanted) in enumerate(zip(layers, whole, strict=True)):
+        weight = got.densify(got.weight)
+        pairs = {
+            "mask": (got.mask, wanted.mask),
+            "density": (torch.tensor(got.density), torch.tensor(wanted.density)),
+            "densify": (weight.detach(), wanted.densify(wanted.weight).detach()),
+            "to_dense": (got.to_dense().weight.detach(), wanted.to_dense().weight.detach()),
+            "bias": (got.to_dense().bias.detach(), wanted.bias.detach()),
+        }
+        results |= {f"{i}.{name}": pair for name, pair in pairs.items()}
+    return results
+
+
 def eval_on_one_rank(rank):
     """In eval mode nothing waits for the other ranks."""
     model = small_model().eval()
@@ -193,6 +214,7 @@ SCENARIOS = (
     compiled_ddp,
     checkpointed_ddp,
     fsdp,
+    fsdp_state,
     eval_on_one_rank,
 )
 
@@ -296,6 +318,12 @@ def test_all_ranks_have_the_supports_of_the_first(results, scenario):
     wanted = sk.densify_(large := large_layers(seed=1)) and large(large_rows()).detach()
     for got in of_each_rank(results, scenario):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_sharded_layer_says_what_a_whole_one_does(results):
+    for pairs in of_each_rank(results, fsdp_state):
+        for name, (got, wanted) in pairs.items():
+            assert_same_bits(got, wanted, name)
 
 
 def test_eval_mode_waits_for_nobody(results):

@@ -175,14 +175,94 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(change, message):
     assert_same_state(layer, before)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_another_out_features_with_as_many_groups_is_refused(bias):
-    """14 and 16 outputs make one group of 16 alike; only the bias and the lanes in use tell them apart."""
-    layer = linear(out_features=14, group_size=16, bias=bias)
+def test_another_out_features_with_as_many_groups_is_refused():
+    """14 and 16 outputs make one group of 16 alike; only the bias tells them apart."""
+    layer = linear(out_features=14, group_size=16)
     before = copy.deepcopy(layer)
     with pytest.raises(RuntimeError, match=r"SparseLinear .root.: wants out_features 14"):
-        layer.load_state_dict(linear(out_features=16, group_size=16, bias=bias).state_dict())
+        layer.load_state_dict(linear(out_features=16, group_size=16).state_dict())
     assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lanes_that_no_output_uses_may_hold_anything(bias):
+    """As after an initialisation of the user's own."""
+    one, other = (linear(out_features=14, group_size=16, bias=bias) for _ in range(2))
+    nn.init.normal_(one.weight)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.mask, one.mask)
+    assert (other.weight[:, 14:] == 0).all()
+    x = torch.randn(3, 12)
+    assert torch.equal(other(x), one(x))
+
+
+def of_int64(state):
+    state["row_indices"] = state["row_indices"].long()
+
+
+def of_two_dimensions(state):
+    state["ccol_indices"] = state["ccol_indices"][None]
+
+
+def no_tensor(state):
+    state["weight"] = state["weight"].tolist()
+
+
+def only(*names):
+    def change(state):
+        for name in set(state) - set(names):
+            del state[name]
+
+    change.__name__ = " ".join(names)
+    return change
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([of_int64], "wants row_indices of one dimension in int32, got torch.int64"),
+        ([of_two_dimensions], r"wants ccol_indices of one dimension in int32, got torch.int32 of shape \(1, 13\)"),
+        ([no_tensor], "wants a tensor for weight, got list"),
+        ([row_past_the_end, only("row_indices")], r"wants row_indices in 0\.\.3, got 0\.\.4"),
+        ([pointer_past_the_end, only("ccol_indices")], "wants ccol_indices ascending from 0"),
+        ([another_fan_in, only("ccol_indices", "row_indices")], "wants fan-in 6"),
+        ([weights_of_another_length, only("weight")], "wants 24 blocks .* got 24 and 23 weights"),
+    ],
+    ids=lambda value: " ".join(f.__name__ for f in value) if isinstance(value, list) else "",
+)
+def test_each_part_of_a_support_is_checked(changes, message, assign, strict):
+    torch.manual_seed(3)
+    layer = linear()
+    before, state = copy.deepcopy(layer), dict(linear().state_dict())
+    for change in changes:
+        change(state)
+    with pytest.raises(RuntimeError, match=f"SparseLinear .root.: {message}") as error:
+        layer.load_state_dict(state, assign=assign, strict=strict)
+    assert ("Missing key" in str(error.value)) == (strict and len(state) < 4)
+    assert_same_state(layer, before)
+    layer(torch.randn(2, 12))
+
+
+def test_a_parametrised_layers_indices_are_checked():
+    layer = nn.utils.parametrizations.weight_norm(linear())
+    state = copy.deepcopy(layer.state_dict())
+    assert "weight" not in state
+    row_past_the_end(state)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"wants row_indices in 0\.\.3"):
+        layer.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_parts_of_a_state_dict_load():
+    one, other = linear(), linear()
+    other.load_state_dict({"weight": one.weight, "bias": one.bias}, strict=False)
+    assert torch.equal(other.weight, one.weight)
+    other.load_state_dict({n: getattr(one, n) for n in ("ccol_indices", "row_indices")}, strict=False)
+    x = torch.randn(3, 12)
+    assert torch.equal(other(x), one(x))
 
 
 def test_missing_and_unexpected_names_are_reported():

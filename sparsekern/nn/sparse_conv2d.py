@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports
+from sparsekern.nn.sparse_linear import whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_conv2d import is_plain, pair, sparse_conv2d_images, sparse_conv2d_prepared
 
@@ -120,9 +121,9 @@ class SparseConv2d(nn.Module):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        conv.weight.copy_(self.weight if self.mask is None else self.weight * self.mask)
+        conv.weight.copy_(whole(self.weight) if self.mask is None else whole(self.weight) * self.mask)
         if self.bias is not None:
-            conv.bias.copy_(self.bias)
+            conv.bias.copy_(whole(self.bias))
         return conv.train(self.training)
 
     @classmethod

@@ -14,11 +14,13 @@ from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, s
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_linear import (
     forward_op,
+    has_values,
     pack_support,
     plan_support,
     sparse_linear_prepared,
     sparse_linear_rows,
     split_groups,
+    support_problem,
 )
 from sparsekern.ops.sparse_linear_reference import compress, densify
 
@@ -125,7 +127,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def _zero_unused_lanes(self) -> None:
         used = self.out_features % self.group_size
-        if used:
+        if used and has_values(self.row_indices) and not (self.weight.is_meta or hasattr(self.weight, "full_tensor")):
             last = self.row_indices == self.out_features // self.group_size
             self.weight[last, used:] = 0
 
@@ -134,7 +136,7 @@ class SparseLinear(nn.Module):
     def _pack_support(self) -> None:
         ccol, rows, group_size = self.ccol_indices, self.row_indices, self.group_size
         made_of, version = rows, None if rows.is_inference() else rows._version
-        if group_size >= 16 or not _has_values(rows):
+        if group_size >= 16 or not has_values(rows):
             self._packed = PackedSupport(made_of, version)
             return
         # Groups too small for a register are as stored a layer without groups, whose kernels are 1.5 to 3 times as fast.
@@ -152,7 +154,7 @@ class SparseLinear(nn.Module):
         if before is not rows:  # for instance on another device
             self._packed = PackedSupport()
             # to_empty() leaves nothing to prepare.
-            if _has_values(before) and _has_values(rows) and torch.equal(before.to(rows.device), rows):
+            if has_values(before) and has_values(rows) and torch.equal(before.to(rows.device), rows):
                 self._pack_support()
         return self
 
@@ -212,7 +214,8 @@ class SparseLinear(nn.Module):
     @property
     def mask(self) -> Tensor:
         """Which weights exist: bool (out_features, in_features)."""
-        return self.densify(torch.ones_like(self.weight, dtype=torch.bool))
+        stored = torch.ones(len(self.row_indices), self.group_size, dtype=torch.bool, device=self.row_indices.device)
+        return self.densify(stored)
 
     def densify(self, t: Tensor) -> Tensor:
         """Lays the stored weight, its ``.grad`` or anything of its shape out as dense ``(out_features, in_features)``.
@@ -222,7 +225,7 @@ class SparseLinear(nn.Module):
         if not isinstance(t, Tensor) or t.shape != self.weight.shape:
             got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"SparseLinear.densify: wants a tensor of shape {tuple(self.weight.shape)}, got {got}")
-        return densify(t, self.ccol_indices, self.row_indices, self.out_features)
+        return densify(whole(t), self.ccol_indices, self.row_indices, self.out_features)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
@@ -237,7 +240,7 @@ class SparseLinear(nn.Module):
         )
         linear.weight.copy_(self.densify(self.weight))
         if self.bias is not None:
-            linear.bias.copy_(self.bias)
+            linear.bias.copy_(whole(self.bias))
         return linear.train(self.training)
 
     @classmethod
@@ -310,42 +313,41 @@ class SparseLinear(nn.Module):
         if problem is None:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
             self._pack_support()
-        else:
-            errors.append(f"SparseLinear {prefix.rstrip('.') or '(root)'}: {problem}; nothing of this layer was loaded")
+            self._zero_unused_lanes()
+            return
+        errors.append(f"SparseLinear {prefix.rstrip('.') or '(root)'}: {problem}; nothing of this layer was loaded")
+        if strict:
+            own = self._parameters | self._buffers
+            missing += [prefix + n for n, t in own.items() if t is not None and prefix + n not in state_dict]
 
     def _misfit(self, state_dict, prefix) -> str | None:
-        """What is wrong with the support in a state_dict, if anything."""
-        weight, ccol, row, bias = (
-            state_dict.get(prefix + name) for name in ("weight", "ccol_indices", "row_indices", "bias")
-        )
-        if weight is None or ccol is None or row is None:
-            return None  # reported as missing
-        if weight.dim() != 2 or weight.shape[1] != self.group_size:
+        """What is wrong with a state_dict, if anything; of the indices that it lacks the layer's own count."""
+        given = {name: state_dict.get(prefix + name) for name in ("weight", "bias", "ccol_indices", "row_indices")}
+        given = {name: t for name, t in given.items() if t is not None}
+        for name, t in given.items():
+            if not isinstance(t, Tensor):
+                return f"wants a tensor for {name}, got {type(t).__name__}"
+            if name.endswith("indices") and (t.dtype != torch.int32 or t.dim() != 1):
+                return f"wants {name} of one dimension in int32, got {t.dtype} of shape {tuple(t.shape)}"
+        ccol, row = (given.get(name, self._buffers[name]) for name in ("ccol_indices", "row_indices"))
+        weight, bias = given.get("weight"), given.get("bias")
+        if weight is not None and (weight.dim() != 2 or weight.shape[1] != self.group_size):
             return f"wants weights of group_size {self.group_size}, got shape {tuple(weight.shape)}"
         if len(ccol) != self.in_features + 1:
             return f"wants in_features {self.in_features}, got {len(ccol) - 1}"
-        if len(row) != len(self.row_indices) or len(weight) != len(row):
-            return (
-                f"wants {len(self.row_indices)} blocks (fan-in times groups), got {len(row)} and {len(weight)} weights"
-            )
+        blocks, weights = len(self.row_indices), len(row) if weight is None else len(weight)
+        if len(row) != blocks or weights != blocks:
+            return f"wants {blocks} blocks (fan-in times groups), got {len(row)} and {weights} weights"
         if self.bias is not None and bias is not None and bias.shape != self.bias.shape:
             return f"wants out_features {self.out_features}, got a bias of shape {tuple(bias.shape)}"
-        if any(t.is_meta for t in (weight, ccol, row)):
+        if not (given.keys() & {"ccol_indices", "row_indices"} and has_values(ccol) and has_values(row)):
             return None
         groups = -(-self.out_features // self.group_size)
-        if ccol[0] != 0 or ccol[-1] != len(row) or (ccol.diff() < 0).any():
-            return "wants ccol_indices ascending from 0 to the number of blocks"
-        if len(row) and (row.min() < 0 or row.max() >= groups):
-            return f"wants row_indices in 0..{groups - 1}, got {int(row.min())}..{int(row.max())}"
-        inputs = torch.repeat_interleave(torch.arange(self.in_features, device=row.device), ccol.diff().long())
-        if (torch.diff(inputs * groups + row) <= 0).any():
-            return "wants row_indices ascending within each input"
-        if self.fan_in is not None and (torch.bincount(row.long(), minlength=groups) != self.fan_in).any():
-            return f"wants fan-in {self.fan_in} for every output unit, got another"
-        used = self.out_features % self.group_size
-        if used and (weight[row == groups - 1, used:] != 0).any():
-            return f"wants out_features {self.out_features}, got weights of more"
-        return None
+        problem = support_problem(ccol.to(row.device), row, groups)
+        if problem is not None or self.fan_in is None:
+            return problem
+        even = (torch.bincount(row.long(), minlength=groups) == self.fan_in).all()
+        return None if even else f"wants fan-in {self.fan_in} for every output unit, got another"
 
     def extra_repr(self) -> str:
         support = f"fan_in={self.fan_in}" if self.fan_in is not None else f"weights={self.weight.numel()}"
@@ -355,8 +357,9 @@ class SparseLinear(nn.Module):
         )
 
 
-def _has_values(t: Tensor | None) -> bool:
-    return type(t) is Tensor and not t.is_meta  # a fake tensor is of another type
+def whole(t: Tensor) -> Tensor:
+    """t, gathered from all ranks where FSDP has sharded it."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def _fits_traced(packed: PackedSupport, rows: Tensor) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
 
-from sparsekern.ops._check import is_channels_last
 from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last where x is that and not plainly contiguous as well, as the dense convolution decides."""
-    if not x.is_contiguous() and is_channels_last(x):
-        return torch.channels_last
-    return torch.contiguous_format
+    """channels_last where x is that and not plainly contiguous as well, as the dense convolution decides.
+
+    vmap cannot tell (see ``_check.is_channels_last``).
+    """
+    if x.is_contiguous() or are_transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def sparse_conv2d(

@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch.compiler import is_compiling
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
@@ -158,6 +160,31 @@ def pack_words(ccol_indices: Tensor, row_indices: Tensor, out_features: int) -> 
     return torch.stack((bits, counts.cumsum(0) - counts), 1).int().view(in_features, words, 2)
 
 
+def has_values(t: Tensor | None) -> bool:
+    """Whether t is a tensor whose values Python may look at: not while traced or transformed, not on the meta device."""
+    return type(t) is Tensor and not t.is_meta and not is_compiling() and not are_transforms_active()
+
+
+def support_problem(ccol_indices: Tensor, row_indices: Tensor, groups: int) -> str | None:
+    """What is wrong with the values of indices, if anything: the kernels read and write where they say."""
+    ccol, rows = ccol_indices, row_indices
+    if ccol[0] != 0 or ccol[-1] != len(rows) or (ccol.diff() < 0).any():
+        return "wants ccol_indices ascending from 0 to the number of blocks"
+    if len(rows) and (rows.min() < 0 or rows.max() >= groups):
+        return f"wants row_indices in 0..{groups - 1}, got {int(rows.min())}..{int(rows.max())}"
+    if (torch.diff(reference.block_inputs(ccol, len(rows)) * groups + rows) <= 0).any():
+        return "wants row_indices ascending within each input"
+    return None
+
+
+def check_support(ccol_indices: Tensor, row_indices: Tensor, groups: int) -> None:
+    """Raises where indices are no support, as far as that can be told without waiting for a device."""
+    if has_values(ccol_indices) and has_values(row_indices) and ccol_indices.is_cpu:
+        problem = support_problem(ccol_indices, row_indices, groups)
+        if problem:
+            raise ValueError(f"sparse_linear: {problem}")
+
+
 def check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias) -> None:
     op = "sparse_linear"
     _check.is_float_tensor(op, "x", x)
@@ -202,7 +229,8 @@ def sparse_linear(
         x: (..., I), float32, float64, bfloat16 or float16; dense or sparse.
         weight: (blocks, group_size), the dtype of x.
         ccol_indices: (I + 1,) int32, ascending: where the blocks of each input begin.
-        row_indices: (blocks,) int32: each block's group of outputs, ascending within an input.
+        row_indices: (blocks,) int32: each block's group of outputs, ascending within an input. The values of both are
+            checked at each call on the CPU, which :class:`SparseLinear` need not do; on a GPU and in compiled code not.
         out_features: O; the last of the ceil(O / group_size) groups may be smaller.
         bias: (O,) or None.
         sparse_input_grad: compute dL/dx only where x is not zero: right, and cheaper, where whatever produced x drops
@@ -213,9 +241,11 @@ def sparse_linear(
         on the number of threads.
 
     Raises:
-        ValueError: wrong shapes, tensors on different devices.
+        ValueError: wrong shapes, tensors on different devices, indices that are no support.
         TypeError: not floating point, different dtypes, indices not int32.
     """
+    check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
+    check_support(ccol_indices, row_indices, -(-out_features // weight.shape[1]))
     return sparse_linear_prepared(
         x,
         weight,
