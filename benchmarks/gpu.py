@@ -26,6 +26,7 @@ from gpu_report import gpu_environment, lines
 from gpu_timing import on_gpu, timings
 from network_cases import STEP, network_cases
 from report import DENSE, OURS, Result, caption, write_csv
+from timing import Timing
 
 REHEARSAL = 1 / 256  # of each size, on CPU
 AUTOENCODER = "TopK autoencoder"
@@ -141,7 +142,9 @@ def with_bfloat16(device: str, function: Callable) -> object:
 
 def result_of(result: Result, row: Row, device: str) -> Result:
     with torch.set_grad_enabled(row.training or "backward" in result.case):
-        result.timings = timings(row.functions, device, row.graphs)
+        timed = timings(row.functions, device, row.graphs)
+    n = row.calls
+    result.timings = {key: Timing(t.median / n, t.low / n, t.high / n, t.samples) for key, t in timed.items()}
     return result
 
 

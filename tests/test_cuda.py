@@ -117,6 +117,24 @@ def test_linears(B, I, O, density, G, active, dtype):
         assert_same_bits(a, b, "two runs")
 
 
+@pytest.mark.parametrize(
+    ("B", "I", "O", "density", "G", "active"),
+    [(32, 1600, 1000, 0.4, 1, 0.125), (256, 1600, 1024, 0.1, 64, 0.5), (100, 32768, 256, 1.0, 256, 0.5)],
+)
+def test_linears_in_tf32(B, I, O, density, G, active):
+    """Factors are cut to ten bits, if PyTorch's products may be: each product is off by 2^-9 of itself at most."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    layer = sk.SparseLinear(I, O, density=density, group_size=G, sparse_input_grad=True, device="cuda")
+    x, grad_y = randn(B, I, active=active).requires_grad_(), randn(B, O)
+    leaves = (x, layer.weight)
+    results = [(y := layer(x)).detach(), *torch.autograd.grad(y, leaves, grad_y)]
+    exact, magnitude = (
+        linear_in(change, layer, x.detach(), grad_y) for change in (lambda t: t.double(), lambda t: t.double().abs())
+    )
+    for name, got, wanted, size in zip(("y", "grad_x", "grad_weight"), results, exact, magnitude, strict=False):
+        assert ((got.double() - wanted).abs() <= 2**-8 * size).all(), name
+
+
 def linear_in(change, layer, x, grad_y):
     """The layer's result and gradients by the reference, of changed tensors."""
     weight, bias, indices = (

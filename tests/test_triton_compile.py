@@ -102,7 +102,16 @@ CASES = {
     "linear 1024 x 4096 -> 16384 bfloat16, G=64": lambda: sparse_linear(1024, 4096, 16384, BF16, 64, 0.1),
     "linear 1024 x 4096 -> 16384 float16, G=512": lambda: sparse_linear(1024, 4096, 16384, torch.float16, 512, 0.1),
     "linear 1024 x 4096 -> 16384, G=128": lambda: sparse_linear(1024, 4096, 16384, F32, 128, 0.1),
+    "linear 32 x 1600 -> 1000, TF32": lambda: with_tf32(sparse_linear, 32, 1600, 1000, F32),
+    "linear 4096 x 131072 -> 4096, d=1, TF32": lambda: with_tf32(sparse_linear, 4096, 131072, 4096, F32, 1, 1.0),
 }
+
+
+def with_tf32(function, *arguments):
+    """As where PyTorch's products may take it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_linear_triton, "tf32_products", lambda: True)
+        function(*arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +145,13 @@ def tiles():
                 linear_forward(B, 1024, 1024, dtype, G, 0.1)
 
 
+def tiles_in_tf32():
+    """The same, of numbers twice as wide as what tensor cores otherwise take."""
+    for B in (16, 32, 64, 128):
+        for G in (16, 32, 64, 128):
+            with_tf32(linear_forward, B, 1024, 1024, F32, G, 0.1)
+
+
 def rows_parts():
     """One sample and several, packed weights and laid out, parts of every length."""
     for dtype in (F32, BF16):
@@ -153,7 +169,7 @@ def patches():
             by_channels.grad_weight(grad_y, x, shape, [2, 2], [kernel // 2] * 2)
 
 
-SWEEPS = (selections, long_selections, tiles, rows_parts, patches)
+SWEEPS = (selections, long_selections, tiles, tiles_in_tf32, rows_parts, patches)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +188,22 @@ def test_compiles(case, capability, tmp_path):
     with launches() as seen:
         CASES[case]()
     assert_fits(seen, capability, tmp_path, case)
+
+
+LARGE = {
+    "groups": lambda: linear_forward(1, 64, 2**21, BF16, 16, 0.1),
+    "inputs": lambda: sparse_linear(1, 2**25, 8, F32),
+    "a dictionary": lambda: sparse_linear(64, 2**24, 8, F32, density=1.0),
+    "a pooled map": lambda: max_pool_k_winners2d(1, 64, 2048, 400, False),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_launches_of_large_sizes(case):
+    """Only the first dimension of a grid may be larger than 65535; launches() asserts it."""
+    with launches() as seen:
+        LARGE[case]()
+    assert seen
 
 
 def assert_fits(seen, capability, tmp_path, case):

@@ -54,6 +54,16 @@ def test_k_winners_of_every_kind_of_value(values, dtype):
         assert_as_reference(VALUES[values](2, 33, dtype), k, boosted, what=f"k={k} boosted={boosted}")
 
 
+def test_k_winners_of_products_that_underflow():
+    """They are zeros, whatever their signs, and tie with all zeros."""
+    x = torch.tensor([0.0, -0.0, 1, -1, 2, -2]).mul(2.0**-149)[torch.randint(6, (8, 40))]
+    boost = torch.rand(40) * 2, torch.tensor(3.0)  # factors from 0.004 to 1.1
+    for k in (1, 10, 30):
+        (y, winners, _), wanted = (ops.k_winners(x, k, *boost, 40, 1) for ops in (body, reference))
+        assert_same_bits(winners, wanted[1], f"winners, k={k}")
+        assert_same_bits(y, wanted[0], f"y, k={k}")
+
+
 @pytest.mark.usefixtures("many_rows")
 def test_k_winners_of_more_rows_than_programs():
     for n in (16, 33):
@@ -72,6 +82,14 @@ def test_k_winners_by_channel(inner):
 def test_k_winners_of_long_rows(values):
     for n, k, channels, inner in ((300, 30, 300, 1), (301, 1, 301, 1), (300, 299, 3, 100), (300, 60, 3, 1)):
         assert_as_reference(VALUES[values](2, n, torch.float32), k, k > 1, channels, inner, f"n={n} k={k}")
+
+
+@pytest.mark.usefixtures("short_rows_are_long")
+def test_k_winners_of_long_rows_behind_relu():
+    """Fewer positive units than winners: ties among the zeros, in places that two rounds of bins narrow down."""
+    x = torch.randn(3, 2000).relu() * (torch.rand(3, 2000) < torch.tensor([[0.05], [0.3], [0.0]]))
+    for channels, inner in ((2000, 1), (4, 500), (4, 1)):
+        assert_as_reference(x, 333, False, channels, inner, f"{channels} channels")
 
 
 @pytest.mark.usefixtures("short_rows_are_long", "many_rows")

@@ -66,17 +66,17 @@ def test_offsets_of_long_rows(last_program, x):
     y, bits, counts = torch.empty_like(x), winners(), torch.zeros(N + 1, dtype=torch.int64)
     rank, capacity = long.sample_plan(100, N)
     keys, units = (torch.empty(ROWS, capacity, dtype=torch.int32) for _ in range(2))
-    found = torch.empty(ROWS, dtype=torch.int32)
+    guesses, found = (torch.empty(ROWS, dtype=torch.int32) for _ in range(2))
     constants = {"N": N, "CHANNELS": N, "INNER": 1, "BOOST": False, "STORE_Y": True}
     sizes = rank, capacity, 1, N
     long._compact_kernel[(1,)](
-        x, counts, y, bits.view(torch.int16), keys, units, found, *sizes, **constants,
+        x, counts, y, bits.view(torch.int16), keys, units, guesses, found, *sizes, **constants,
         SHARED_ROW=False, PREFETCH=True, SAMPLE=long.SAMPLE, CHUNK=4096,
     )  # fmt: skip
     assert 100 <= found[-1] <= capacity
     long._select_candidates_kernel[(1,)](
-        x, counts, y, bits.view(torch.int32), counts, keys, units, found, 100, capacity, **constants,
-        REGISTERS=0, CHUNK=512,
+        x, counts, y, bits.view(torch.int32), counts, keys, units, guesses, found, 100, capacity, **constants,
+        REGISTERS=0, CHUNK=512, PLACE_BITS=11,
     )  # fmt: skip
     assert_last_row(x, y, bits)
 

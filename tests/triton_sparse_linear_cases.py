@@ -40,7 +40,8 @@ def assert_as_reference(B, I, O, G=1, density=0.4, dtype=torch.float32, active=0
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [1, 3])
-def test_sparse_linear_of_small_batches(B, dtype):
+def test_sparse_linear_of_small_batches(B, dtype, monkeypatch):
+    monkeypatch.setattr(sparse_linear_triton, "ROWS_BYTES", 0)
     assert_as_reference(B, 33, 50, dtype=dtype)
     assert_as_reference(B, 70, 37, G=16, density=0.8, dtype=dtype, bias=False)
     assert_as_reference(B, 16, 130, density=1.0, dtype=dtype)
@@ -69,8 +70,36 @@ def test_sparse_linear_of_groups(dtype):
 def test_sparse_linear_of_dictionaries(active, dtype, monkeypatch):
     """Lists that hold the active inputs, and lists that overflow: the dense product must take over."""
     monkeypatch.setattr(sparse_linear_triton, "DICTIONARY_I", 64)
-    monkeypatch.setattr(sparse_linear_triton.by_gathers, "INPUTS_AN_ACTIVE_ONE", dict.fromkeys(DTYPES, 8))
+    for name in ("INPUTS_AN_ACTIVE_ONE", "INPUTS_AN_ACTIVE_ONE_TENSOR_CORES"):
+        monkeypatch.setattr(sparse_linear_triton.by_gathers, name, 8)
     assert_as_reference(35, 70, 5, density=1.0, dtype=dtype, active=active)
+
+
+def test_sparse_linear_way(monkeypatch):
+    """By batch, bytes, groups, and what the dense product may round to."""
+    way, F32, BF16 = sparse_linear_triton.forward_way, torch.float32, torch.bfloat16
+    monkeypatch.setattr(sparse_linear_triton, "tf32_products", lambda: False)
+    assert way(1, 1600, 1000, 640_000, 1, F32) == "rows"
+    assert way(64, 1600, 1000, 640_000, 1, F32) == "dense"
+    assert way(1, 4096, 4096, 4096, 4096, BF16) == "rows"
+    assert way(1, 1024, 1024, 1024, 1024, BF16) == "dense"  # one launch against three
+    assert way(64, 131072, 4096, 131072, 4096, BF16) == "gathers"
+    assert way(64, 1600, 1024, 1600 * 26, 16, F32) == "groups"
+    assert way(64, 1600, 1024, 1600 * 26, 16, BF16) == "dense"
+    monkeypatch.setattr(sparse_linear_triton, "tf32_products", lambda: True)
+    assert way(64, 1600, 1024, 1600 * 26, 16, F32) == "dense"
+
+
+def test_sparse_linear_with_tf32(monkeypatch):
+    """As PyTorch's dense products."""
+    assert not sparse_linear_triton.tf32_products()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert sparse_linear_triton.tf32_products()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not sparse_linear_triton.tf32_products()
 
 
 def test_sparse_linear_with_dense_and_empty_input():

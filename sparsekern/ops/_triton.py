@@ -22,7 +22,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def float_key(value):
     """The order-preserving int32 key of a float32."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    # Not value + 0.0, which the compiler makes one operation with the product that value is: -0.0 where that underflows.
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(value != value, KEY_NAN, key)
 
@@ -48,10 +49,12 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b: float32 without TF32; the interpreter would multiply the bits of bfloat16 as integers."""
-    if INTERPRETED or a.dtype == tl.float32:
+def dot(a, b, acc, TF32: tl.constexpr = False):
+    """acc + a @ b: float32 as TF32 if asked for; the interpreter would multiply the bits of bfloat16 as integers."""
+    if INTERPRETED:
         return tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee")
     else:
         return tl.dot(a, b, acc)
 
@@ -67,6 +70,12 @@ def popcount(bits):
         return ((pairs + (pairs >> 8) + (pairs >> 16) + (pairs >> 24)) & 0xFF).to(tl.int32)
     else:
         return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+
+
+def allows_tf32(*settings) -> bool:
+    """Whether products of float32 may be rounded to TF32, by PyTorch's settings: "none" leaves it to the next one."""
+    precisions = (setting.fp32_precision for setting in (*settings, torch.backends))
+    return next((precision for precision in precisions if precision != "none"), "ieee") == "tf32"
 
 
 @functools.lru_cache

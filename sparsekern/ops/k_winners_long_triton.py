@@ -3,7 +3,7 @@
 The guess is an order statistic of a sample of the row, low enough that the k winners reach it (but for one row in
 millions), and high enough that little else does. The first kernel reads x once, by several programs a row where there
 are few rows, zeroes the output and compacts the candidates; the second selects exactly among them and writes only the
-winners. Where the guess fails, many equal values for instance, the second searches the whole row: slow, but as exact.
+winners. Where the guess fails, many equal values for instance, the second searches the whole row: slower, but as exact.
 Candidates come in any order, since selection goes by their keys and places alone.
 """
 
@@ -47,6 +47,7 @@ def _compact_kernel(
     winners_ptr,  # (rows, words) int16: zeroed
     keys_ptr,  # (rows, capacity) int32: of the candidates
     units_ptr,  # (rows, capacity) int32
+    guesses_ptr,  # (rows,) int32
     found_ptr,  # (rows,) int32, zero before: the number of candidates, also where they are more than the capacity
     rank,
     capacity,
@@ -76,6 +77,7 @@ def _compact_kernel(
     probe = tl.full((), 2, tl.int32)
     nothing = tl.full((), 0, tl.float32)
     guess, _, _ = search_keys(sampled, rank, SAMPLE, tl.min(sampled), tl.max(sampled) + 1, probe, nothing, nothing)
+    tl.store(guesses_ptr + row, guess)
     base = tl.full((), 0, tl.int32)
     if PREFETCH:
         u = begin + tl.arange(0, CHUNK)
@@ -148,6 +150,7 @@ def _select_candidates_kernel(
     counts_ptr,  # (CHANNELS + 1,) int64
     keys_ptr,  # (rows, capacity) int32
     units_ptr,  # (rows, capacity) int32
+    guesses_ptr,  # (rows,) int32
     found_ptr,  # (rows,) int32
     k,
     capacity,
@@ -158,6 +161,7 @@ def _select_candidates_kernel(
     STORE_Y: tl.constexpr,
     REGISTERS: tl.constexpr,  # candidates that are held in registers, 0 for none
     CHUNK: tl.constexpr,
+    PLACE_BITS: tl.constexpr,  # N places are numbered in
 ):
     OUTER: tl.constexpr = (N + CHANNELS * INNER - 1) // (CHANNELS * INNER)
     row = tl.program_id(0).to(tl.int64)
@@ -187,13 +191,18 @@ def _select_candidates_kernel(
             write_winners(x_ptr, y_ptr, winners_ptr, counts_ptr, row, unit, won, N, CHANNELS, INNER, STORE_Y)
     if by_passes:
         length = tl.where(from_x, N, found)
-        lo = tl.full((), KEY_LOW + 1, tl.int32)
-        hi = tl.full((), KEY_HIGH, tl.int32)
-        count_lo, count_hi = length, tl.full((), 0, tl.int32)
+        # How many keys reach the guess is known. Where they are far too many, most of them may be equal: the zeros of a
+        # row with fewer than k positive units, say. Then the next key tells.
+        guess, enough = tl.load(guesses_ptr + row), found >= k
+        lo = tl.where(enough, guess, KEY_LOW + 1)
+        hi = tl.where(enough, KEY_HIGH, guess)
+        count_lo = tl.where(enough, found, length)
+        count_hi = tl.where(enough, 0, found)
+        next_first = enough & from_x
         probe = tl.full((), 2, tl.int32)
         nothing = tl.full((), 0, tl.float32)
         while (count_lo != k) & (key_span(lo, hi) > 1):
-            t = next_probe(lo, hi, count_lo, count_hi, k, probe, nothing)
+            t = tl.where(next_first & (probe == 2), lo + 1, next_probe(lo, hi, count_lo, count_hi, k, probe, nothing))
             count = tl.full((), 0, tl.int32)
             for start in range(0, length, CHUNK):
                 key, unit = load_keys(
@@ -206,21 +215,26 @@ def _select_candidates_kernel(
             hi = tl.where(enough, hi, t)
             count_hi = tl.where(enough, count_hi, count)
             probe += 1
-        # The winners' last place: that of the (k - count_hi)-th tied unit.
-        before = tl.full((), -1, tl.int32)
-        last = tl.full((), N - 1, tl.int32)
-        while (count_lo != k) & (last - before > 1):
-            middle = (before + last) >> 1
-            count = tl.full((), 0, tl.int32)
+        # The winners' last place: that of the need-th tied unit at or after place `last`. Tied units are counted in 512
+        # bins of the 2**bits places in question, and the bin that has it in it is what is left.
+        need = k - count_hi
+        last = tl.full((), 0, tl.int32)
+        bits = tl.full((), PLACE_BITS, tl.int32)
+        while (count_lo != k) & (bits > 0):
+            shift = tl.maximum(bits - 9, 0)
+            ties = tl.zeros((512,), tl.int32)
             for start in range(0, length, CHUNK):
                 key, unit = load_keys(
                     x_ptr, factors_ptr, keys_ptr, units_ptr, from_x, start, length, CHANNELS, INNER, BOOST, CHUNK
                 )
-                place = unit_places(unit, CHANNELS, INNER, OUTER)
-                count += tl.sum(((key == lo) & (place <= middle)).to(tl.int32))
-            enough = count >= k - count_hi
-            before = tl.where(enough, before, middle)
-            last = tl.where(enough, middle, last)
+                from_last = unit_places(unit, CHANNELS, INNER, OUTER) - last
+                in_question = (key == lo) & (from_last >= 0) & ((from_last >> bits) == 0)
+                ties += tl.histogram(tl.where(in_question, from_last >> shift, 0), 512, mask=in_question)
+            passed = tl.cumsum(ties, 0) < need
+            last += tl.sum(passed.to(tl.int32)) << shift
+            need -= tl.sum(tl.where(passed, ties, 0))
+            bits = shift
+        last = tl.where(count_lo == k, N, last)
         for start in range(0, length, CHUNK):
             key, unit = load_keys(
                 x_ptr, factors_ptr, keys_ptr, units_ptr, from_x, start, length, CHANNELS, INNER, BOOST, CHUNK
@@ -257,6 +271,7 @@ def select_long_rows(x, k, factors, channels, inner, counts, *, store_y=True) ->
     part_length = cdiv(cdiv(n, CHUNK), splits) * CHUNK
     keys = torch.empty((2, rows, capacity), dtype=torch.int32, device=x.device)
     found = torch.zeros(rows, dtype=torch.int32, device=x.device)
+    guesses = torch.empty_like(found)
     constants = {"N": n, "CHANNELS": channels, "INNER": inner, "BOOST": factors is not None, "STORE_Y": store_y}
     factors = counts if factors is None else factors
     output = x if y is None else y
@@ -267,6 +282,7 @@ def select_long_rows(x, k, factors, channels, inner, counts, *, store_y=True) ->
         winners.view(torch.int16),
         keys[0],
         keys[1],
+        guesses,
         found,
         rank,
         capacity,
@@ -289,12 +305,14 @@ def select_long_rows(x, k, factors, channels, inner, counts, *, store_y=True) ->
         counts,
         keys[0],
         keys[1],
+        guesses,
         found,
         k,
         capacity,
         **constants,
         REGISTERS=registers,
         CHUNK=SELECT_CHUNK,
+        PLACE_BITS=(n - 1).bit_length(),
         num_warps=4 if 0 < registers <= 2048 else 8,
     )
     return y, winners[:size].view(rows, -1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.ops import k_winners_reference as reference
 from sparsekern.ops._triton import cdiv, next_power_of_2, on_device, widen
-from sparsekern.ops.k_winners_triton import k_winners
+from sparsekern.ops.k_winners_triton import MAX_N, k_winners
 
 
 @triton.jit
@@ -27,8 +27,9 @@ def _max_pool_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    u = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(n, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    u = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     valid = u < n
     x_ptr += row * C * H * W
     if CHANNELS_LAST:
@@ -109,7 +110,7 @@ def max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor
     B, C, H, W = x.shape
     P, Q = H // pool, W // pool
     n = C * P * Q
-    if x.dtype == torch.float64 or x.numel() == 0 or n == 0 or k == 0 or C * H * W >= 2**31:
+    if x.dtype == torch.float64 or x.numel() == 0 or n == 0 or k == 0 or C * H * W > MAX_N:
         return reference.max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
     channels_last = not x.is_contiguous()
     pooled = torch.empty((B, n), dtype=x.dtype, device=x.device)
@@ -117,7 +118,7 @@ def max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor
     with on_device(x):
         sizes = n, C, H, W, P, Q
         constants = {"POOL": pool, "CHANNELS_LAST": channels_last}
-        _max_pool_kernel[(B, cdiv(n, 512))](x, pooled, taken, *sizes, **constants, BLOCK=512, num_warps=4)
+        _max_pool_kernel[(B * cdiv(n, 512),)](x, pooled, taken, *sizes, **constants, BLOCK=512, num_warps=4)
         y, winners, counts = k_winners(pooled, k, duty_cycle, boost_strength, C, 1 if channels_last else P * Q)
         offsets = torch.empty((B, k), dtype=torch.int32, device=x.device)
         _winner_offsets_kernel[(B,)](winners, taken, offsets, n, k, winners.shape[1], BLOCK=row_block(n), num_warps=4)

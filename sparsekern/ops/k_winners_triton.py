@@ -26,6 +26,7 @@ from sparsekern.ops._triton import (
 )
 
 REGISTERS_N = 8192  # 16 or 32 units a thread; rows of 16384 spill whatever the number of warps
+MAX_N = 2**31 - 2**24  # units are numbered in int32, of whole blocks
 COUNTED_N = 2048  # up to here a program also keeps its wins of each unit in registers
 
 
@@ -336,7 +337,7 @@ def k_winners(
     inner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = x.shape
-    if x.dtype == torch.float64 or n >= 2**31:
+    if x.dtype == torch.float64 or n > MAX_N:
         return reference.k_winners(x, k, duty_cycle, boost_strength, channels, inner)
     with on_device(x):
         factors, counts = prepare(x, k, duty_cycle, boost_strength, channels)

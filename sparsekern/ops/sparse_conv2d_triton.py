@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekern.ops import sparse_conv2d_channels_triton as by_channels
 from sparsekern.ops import sparse_conv2d_pixels_triton as by_pixels
 from sparsekern.ops import sparse_conv2d_reference as reference
-from sparsekern.ops._triton import on_device
+from sparsekern.ops._triton import allows_tf32, on_device
 from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
 
 # Of the dense convolution. Not measured: below, at 60 TFLOP/s, cuDNN's one launch takes less than 40 us, and three to five
@@ -25,12 +25,8 @@ MIN_PRODUCTS = 2**30
 
 
 def strict_float32(x: Tensor) -> bool:
-    """Whether x is float32 and convolutions may not round it to TF32; "none" leaves it to the wider setting."""
-    if x.dtype != torch.float32:
-        return False
-    backends = torch.backends
-    settings = (level.fp32_precision for level in (backends.cudnn.conv, backends.cudnn, backends))
-    return next((setting for setting in settings if setting != "none"), "ieee") != "tf32"
+    """Whether x is float32 and convolutions may not round it to TF32."""
+    return x.dtype == torch.float32 and not allows_tf32(torch.backends.cudnn.conv, torch.backends.cudnn)
 
 
 def way(x: Tensor, weight_shape: torch.Size, out_size: list[int], padding: list[int]) -> str:

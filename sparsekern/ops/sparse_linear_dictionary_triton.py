@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekern.ops._triton import cdiv, dot, narrow, next_power_of_2, widen
+from sparsekern.ops._triton import cdiv, dot, multiprocessors, narrow, next_power_of_2, widen
 
 # Where gathers end to pay, as inputs for each active one: a gathered row costs its bytes at 4.8 TB/s, a dense one 2 O
-# operations at 790 TFLOP/s (bfloat16) or 60 (float32), which breaks even at 165 and 25; a list has room for some more.
-INPUTS_AN_ACTIVE_ONE = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
+# operations at 790 TFLOP/s (bfloat16; TF32 half of that, for twice the bytes) or 60 (float32), which breaks even at 165 and
+# 25; a list has room for some more.
+INPUTS_AN_ACTIVE_ONE, INPUTS_AN_ACTIVE_ONE_TENSOR_CORES = 16, 64
 TILE_I = 32  # inputs whose active samples one program sorts
 
 
@@ -200,36 +201,42 @@ def _dense_if_kernel(
     stride_bn,
     BIAS: tl.constexpr,
     WHERE: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """c = a @ b if the flag is set."""
+    """c = a @ b if the flag is set: tiles pid, pid + programs, ...; programs that only look at it take time too."""
     if tl.load(flag_ptr) != 0:
-        m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-            a_mask = (m < M)[:, None] & (k < K)[None, :]
-            b_mask = (k < K)[:, None] & (n < N)[None, :]
-            a = tl.load(a_ptr + m[:, None] * stride_am + k[None, :] * stride_ak, mask=a_mask, other=0.0)
-            b = tl.load(b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn, mask=b_mask, other=0.0)
-            acc = dot(a, b, acc)
-        at = m[:, None] * N + n[None, :]
-        mask = (m < M)[:, None] & (n < N)[None, :]
-        if BIAS:
-            acc += widen(tl.load(bias_ptr + n, mask=n < N, other=0.0))[None, :]
-        if WHERE:
-            mask = mask & (widen(tl.load(where_ptr + at, mask=mask, other=0.0)) != 0)
-        tl.store(c_ptr + at, narrow(acc, c_ptr.dtype.element_ty), mask=mask)
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        for tile in range(tl.program_id(0), tiles_m * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+            m = (tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+            n = (tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, K, BLOCK_K):
+                k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+                a_mask = (m < M)[:, None] & (k < K)[None, :]
+                b_mask = (k < K)[:, None] & (n < N)[None, :]
+                a = tl.load(a_ptr + m[:, None] * stride_am + k[None, :] * stride_ak, mask=a_mask, other=0.0)
+                b = tl.load(b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn, mask=b_mask, other=0.0)
+                acc = dot(a, b, acc, TF32)
+            at = m[:, None] * N + n[None, :]
+            mask = (m < M)[:, None] & (n < N)[None, :]
+            if BIAS:
+                acc += widen(tl.load(bias_ptr + n, mask=n < N, other=0.0))[None, :]
+            if WHERE:
+                mask = mask & (widen(tl.load(where_ptr + at, mask=mask, other=0.0)) != 0)
+            tl.store(c_ptr + at, narrow(acc, c_ptr.dtype.element_ty), mask=mask)
 
 
-def dense_if(flag, a: Tensor, b: Tensor, c: Tensor, bias: Tensor | None = None, where: Tensor | None = None) -> None:
+def dense_if(
+    flag, a: Tensor, b: Tensor, c: Tensor, tf32: bool, bias: Tensor | None = None, where: Tensor | None = None
+) -> None:
     M, N = c.shape
-    wide = c.dtype != torch.float32  # float32 does without tensor cores
-    block_m, block_n = (128, 128) if wide else (64, 64)
-    _dense_if_kernel[(cdiv(M, block_m), cdiv(N, block_n))](
+    wide = c.dtype != torch.float32  # float32 does without tensor cores, or takes twice the memory
+    block_m, block_n = (128, 128) if wide or tf32 else (64, 64)
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    _dense_if_kernel[(min(tiles, 2 * multiprocessors(c)),)](
         flag,
         a,
         b,
@@ -243,10 +250,11 @@ def dense_if(flag, a: Tensor, b: Tensor, c: Tensor, bias: Tensor | None = None, 
         *b.stride(),
         BIAS=bias is not None,
         WHERE=where is not None,
+        TF32=tf32,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=64 if wide else 16,
-        num_warps=8 if wide else 4,
+        BLOCK_K=64 if wide else 32 if tf32 else 16,
+        num_warps=8 if wide or tf32 else 4,
         num_stages=3,
     )
 
@@ -257,20 +265,24 @@ def gather_config(O: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_O": min(next_power_of_2(max(O, 128)), block_o), "num_warps": 4}
 
 
-def row_lists(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_an_active_one(dtype: torch.dtype, tf32: bool) -> int:
+    return INPUTS_AN_ACTIVE_ONE if dtype == torch.float32 and not tf32 else INPUTS_AN_ACTIVE_ONE_TENSOR_CORES
+
+
+def row_lists(x: Tensor, tf32: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(lists, counts, flag)."""
     B, I = x.shape
-    lists = torch.empty((B, cdiv(I, INPUTS_AN_ACTIVE_ONE[x.dtype])), dtype=torch.int32, device=x.device)
+    lists = torch.empty((B, cdiv(I, inputs_an_active_one(x.dtype, tf32))), dtype=torch.int32, device=x.device)
     counts = torch.empty(B, dtype=torch.int32, device=x.device)
     flag = torch.zeros((), dtype=torch.int32, device=x.device)
     _row_lists_kernel[(B,)](x, lists, counts, flag, I, lists.shape[1], BLOCK=4096, num_warps=8)
     return lists, counts, flag
 
 
-def forward(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+def forward(x: Tensor, rows: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
     B, I = x.shape
     O = rows.shape[1]
-    lists, counts, flag = row_lists(x)
+    lists, counts, flag = row_lists(x, tf32)
     y = torch.empty((B, O), dtype=x.dtype, device=x.device)
     config = gather_config(O, x.dtype)
     _gather_forward_kernel[(B, cdiv(O, config["BLOCK_O"]))](
@@ -288,15 +300,15 @@ def forward(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         UNROLL=8,
         **config,
     )
-    dense_if(flag, x, rows, y, bias)
+    dense_if(flag, x, rows, y, tf32, bias)
     return y
 
 
-def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor, tf32: bool) -> Tensor:
     """Where x is not zero; zero elsewhere."""
     B, I = x.shape
     O = rows.shape[1]
-    lists, counts, flag = row_lists(x)
+    lists, counts, flag = row_lists(x, tf32)
     grad_x = torch.zeros_like(x)
     _gather_grad_input_kernel[(B, 4)](
         grad_y,
@@ -311,16 +323,16 @@ def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         UNROLL=8,
         **gather_config(O, x.dtype),
     )
-    dense_if(flag, grad_y, rows.t(), grad_x, where=x)
+    dense_if(flag, grad_y, rows.t(), grad_x, tf32, where=x)
     return grad_x
 
 
-def grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
+def grad_weight(grad_y: Tensor, x: Tensor, tf32: bool) -> Tensor:
     """(I, O)."""
     B, I = x.shape
     O = grad_y.shape[1]
     tiles = cdiv(I, TILE_I)
-    capacity = cdiv(TILE_I * B, INPUTS_AN_ACTIVE_ONE[x.dtype])
+    capacity = cdiv(TILE_I * B, inputs_an_active_one(x.dtype, tf32))
     lists = torch.empty((tiles, capacity), dtype=torch.int32, device=x.device)
     begins, counts = torch.empty((2, I), dtype=torch.int32, device=x.device)
     flag = torch.zeros((), dtype=torch.int32, device=x.device)
@@ -344,5 +356,5 @@ def grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
         UNROLL=4,
         **config,
     )
-    dense_if(flag, x.t(), grad_y, grad_rows)
+    dense_if(flag, x.t(), grad_y, grad_rows, tf32)
     return grad_rows

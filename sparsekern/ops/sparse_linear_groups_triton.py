@@ -88,18 +88,21 @@ def _groups_forward_kernel(
     G: tl.constexpr,
     BIAS: tl.constexpr,
     SKIP: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (tile of samples, group and tile of its lanes).
+    """Program (group, tile of its lanes, tile of samples), the samples first.
 
     With SKIP, weights of inputs that no sample of the tile has are not read.
     """
     LANE_TILES: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
-    group = tl.program_id(1) // LANE_TILES
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    lane = tl.program_id(1) % LANE_TILES * BLOCK_G + tl.arange(0, BLOCK_G)
+    sample_tiles = tl.cdiv(B, BLOCK_B)
+    lanes = tl.program_id(0) // sample_tiles
+    group = lanes // LANE_TILES
+    b = tl.program_id(0) % sample_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    lane = lanes % LANE_TILES * BLOCK_G + tl.arange(0, BLOCK_G)
     inputs_ptr += group.to(tl.int64) * I
     blocks_ptr += group.to(tl.int64) * I
     count = tl.load(counts_ptr + group)
@@ -114,7 +117,7 @@ def _groups_forward_kernel(
             wanted = wanted & (tl.max((widen(x) != 0).to(tl.int32), 1) != 0)
         mask = wanted[:, None] & (lane < G)[None, :]
         w = tl.load(weight_ptr + block[:, None] * G + lane[None, :], mask=mask, other=0.0)
-        acc = dot(tl.trans(x), w, acc)
+        acc = dot(tl.trans(x), w, acc, TF32)
     o = group * G + lane
     valid = (lane < G) & (o < O)
     if BIAS:
@@ -141,6 +144,7 @@ def forward(
     ccol_indices: Tensor,
     row_indices: Tensor,
     out_features: int,
+    tf32: bool,
 ) -> Tensor:
     B, I = x.shape
     G = weight.shape[1]
@@ -148,7 +152,7 @@ def forward(
     inputs, blocks, counts = group_lists(ccol_indices, row_indices, groups)
     y = torch.empty((B, out_features), dtype=x.dtype, device=x.device)
     config = tile_config(B, G, x.dtype)
-    _groups_forward_kernel[(cdiv(B, config["BLOCK_B"]), groups * cdiv(G, config["BLOCK_G"]))](
+    _groups_forward_kernel[(cdiv(B, config["BLOCK_B"]) * groups * cdiv(G, config["BLOCK_G"]),)](
         x.t().contiguous(),
         weight,
         y if bias is None else bias,
@@ -162,6 +166,7 @@ def forward(
         G=G,
         BIAS=bias is not None,
         SKIP=B <= SKIP_B,
+        TF32=tf32,
         **config,
     )
     return y

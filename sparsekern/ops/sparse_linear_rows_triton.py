@@ -106,14 +106,16 @@ def _rows_forward_kernel(
     O,
     stride,
     PACKED: tl.constexpr,
+    TF32: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (tile of outputs, part of the inputs): the part's share of the sums."""
-    part = tl.program_id(1)
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    """Program (part of the inputs, tile of outputs): the part's share of the sums."""
+    tiles = tl.cdiv(O, BLOCK_O)
+    part = tl.program_id(0) // tiles
+    o = tl.program_id(0) % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     b = tl.arange(0, BLOCK_B).to(tl.int64)
     count = tl.load(counts_ptr + part)
     acc = tl.zeros((BLOCK_K, BLOCK_O), tl.float32) if BLOCK_B == 1 else tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
@@ -131,7 +133,7 @@ def _rows_forward_kernel(
         else:
             live = (b < B)[:, None] & (j < count)[None, :]
             x = tl.load(x_ptr + b[:, None] * I + i[None, :], mask=live, other=0.0)
-            acc = dot(x, w, acc)
+            acc = dot(x, w, acc, TF32)
     sums_ptr += part.to(tl.int64) * B * O
     if BLOCK_B == 1:
         tl.store(sums_ptr + o, tl.sum(acc, 0), mask=o < O)
@@ -148,12 +150,17 @@ def _add_parts_kernel(
     O,
     parts,
     BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """PARTS at a time, so that they are read at the same time."""
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, parts):
-        acc += tl.load(sums_ptr + tl.full((), part, tl.int64) * size + e, mask=e < size, other=0.0)
+    sums = tl.zeros((PARTS, BLOCK), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = (first + tl.arange(0, PARTS)).to(tl.int64)
+        mask = (part < parts)[:, None] & (e < size)[None, :]
+        sums += tl.load(sums_ptr + part[:, None] * size + e[None, :], mask=mask, other=0.0)
+    acc = tl.sum(sums, 0)
     if BIAS:
         acc += widen(tl.load(bias_ptr + e % O, mask=e < size, other=0.0))
     tl.store(y_ptr + e, narrow(acc, y_ptr.dtype.element_ty), mask=e < size)
@@ -172,16 +179,18 @@ def _rows_grad_input_kernel(
     O,
     stride,
     AT_NONZEROS: tl.constexpr,
+    TF32: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (tile of inputs, part): the gradient of BLOCK_K active inputs of the part, or of all, for every sample."""
-    part = tl.program_id(1)
-    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """Program (part, tile of inputs): the gradient of BLOCK_K active inputs of the part, or of all, for every sample."""
+    part = tl.program_id(0) // (PART // BLOCK_K)
+    first = tl.program_id(0) % (PART // BLOCK_K) * BLOCK_K
+    j = first + tl.arange(0, BLOCK_K)
     count = tl.load(counts_ptr + part) if AT_NONZEROS else tl.minimum(I - part * PART, PART)
-    if tl.program_id(0) * BLOCK_K < count:
+    if first < count:
         if AT_NONZEROS:
             i = tl.load(lists_ptr + part * PART + j, mask=j < count, other=0).to(tl.int64)
         else:
@@ -200,7 +209,7 @@ def _rows_grad_input_kernel(
             else:
                 live = (b < B)[:, None] & (o < O)[None, :]
                 grad_y = tl.load(grad_y_ptr + b[:, None] * O + o[None, :], mask=live, other=0.0)
-                acc = dot(grad_y, tl.trans(w), acc)
+                acc = dot(grad_y, tl.trans(w), acc, TF32)
         if BLOCK_B == 1:
             acc = tl.sum(partial, 1)[None, :]
         at = b[:, None] * I + i[None, :]
@@ -290,7 +299,7 @@ def block_b(B: int) -> int:
     return 1 if B == 1 else max(16, next_power_of_2(B))
 
 
-def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, support: Tensor | None = None) -> Tensor:
+def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, tf32: bool, support: Tensor | None = None) -> Tensor:
     """With the support (I, words, 2), rows is the packed weight."""
     B, I = x.shape
     block_o = 128
@@ -299,7 +308,7 @@ def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, support: Tenso
     lists, counts = active_inputs(x, part)
     parts = len(counts)
     sums = torch.empty((parts, B, O), dtype=torch.float32, device=x.device)
-    _rows_forward_kernel[(tiles, parts)](
+    _rows_forward_kernel[(tiles * parts,)](
         x,
         rows,
         counts if support is None else support,
@@ -311,6 +320,7 @@ def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, support: Tenso
         O,
         rows.shape[1] if support is None else support.shape[1],
         PACKED=support is not None,
+        TF32=tf32,
         PART=part,
         BLOCK_B=block_b(B),
         BLOCK_O=block_o,
@@ -318,13 +328,13 @@ def forward(x: Tensor, rows: Tensor, bias: Tensor | None, O: int, support: Tenso
         num_warps=8 if B > 1 and (support is not None or x.dtype == torch.float32) else 4,
     )
     y = torch.empty((B, O), dtype=x.dtype, device=x.device)
-    _add_parts_kernel[(cdiv(B * O, 256),)](
-        sums, sums if bias is None else bias, y, B * O, O, parts, BIAS=bias is not None, BLOCK=256, num_warps=4
+    _add_parts_kernel[(cdiv(B * O, 64),)](
+        sums, sums if bias is None else bias, y, B * O, O, parts, BIAS=bias is not None, PARTS=32, BLOCK=64, num_warps=4
     )
     return y
 
 
-def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor, at_nonzeros: bool) -> Tensor:
+def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor, at_nonzeros: bool, tf32: bool) -> Tensor:
     B, I = x.shape
     O = grad_y.shape[1]
     part, block_k = 256, 16 if B == 1 else 32
@@ -334,7 +344,7 @@ def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor, at_nonzeros: bool) -> Te
         grad_x = torch.zeros_like(x)
     else:
         lists = counts = grad_x = torch.empty_like(x)
-    _rows_grad_input_kernel[(part // block_k, parts)](
+    _rows_grad_input_kernel[(parts * (part // block_k),)](
         grad_y,
         x,
         rows,
@@ -346,6 +356,7 @@ def grad_input(grad_y: Tensor, x: Tensor, rows: Tensor, at_nonzeros: bool) -> Te
         O,
         rows.shape[1],
         AT_NONZEROS=at_nonzeros,
+        TF32=tf32,
         PART=part,
         BLOCK_B=block_b(B),
         BLOCK_O=128 if B == 1 else 64,

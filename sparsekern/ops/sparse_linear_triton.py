@@ -15,7 +15,7 @@ from sparsekern.ops import sparse_linear_dictionary_triton as by_gathers
 from sparsekern.ops import sparse_linear_groups_triton as by_groups
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops import sparse_linear_rows_triton as by_rows
-from sparsekern.ops._triton import cdiv, on_device
+from sparsekern.ops._triton import allows_tf32, cdiv, on_device
 
 # Up to here bytes are the limit of the dense product too; beyond, almost every weight row is needed by some sample.
 ROWS_B = 32
@@ -23,8 +23,12 @@ ROWS_B = 32
 
 # A group's tile is as wide as the group, and the tensor cores want at least 16.
 GROUPS_G = 16
-# Up to which density gathered tiles beat the dense product: it runs nearer to the peak, the more so in 16 bits.
-GROUPS_DENSITY = {torch.float32: 0.5, torch.bfloat16: 0.25, torch.float16: 0.25}
+# Up to which density gathered tiles beat the dense product: it runs nearer to the peak, the more so on tensor cores.
+GROUPS_DENSITY, GROUPS_DENSITY_TENSOR_CORES = 0.5, 0.25
+
+# The bytes of a weight all of which exists, from which on rows pay. Not measured: three launches in place of one take 4 us
+# more in a graph, and 4.8 TB/s read 16 MiB in 3.5 us.
+ROWS_BYTES = 2**24
 
 
 # A dictionary: far more inputs than outputs, of which a sample has a few. Nothing else is worth a list for each sample.
@@ -43,9 +47,17 @@ def way(B: int, I: int, O: int, blocks: int, group_size: int) -> str:
 def forward_way(B: int, I: int, O: int, blocks: int, group_size: int, dtype: torch.dtype) -> str:
     """The same for the forward, where "groups" is one more."""
     density = blocks / (I * cdiv(O, group_size))
-    if group_size >= GROUPS_G and density <= GROUPS_DENSITY[dtype]:
+    tensor_cores = dtype != torch.float32 or tf32_products()
+    if group_size >= GROUPS_G and density <= (GROUPS_DENSITY_TENSOR_CORES if tensor_cores else GROUPS_DENSITY):
         return "groups"
+    if density == 1 and blocks * group_size * dtype.itemsize < ROWS_BYTES:
+        return "dense"
     return way(B, I, O, blocks, group_size)
+
+
+def tf32_products() -> bool:
+    """Whether PyTorch's dense products of float32 take the tensor cores: then ours do too."""
+    return allows_tf32(torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
 def _plain(x: Tensor, weights: int) -> bool:
@@ -66,16 +78,17 @@ def sparse_linear(
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
     with on_device(x):
+        tf32 = tf32_products()
         chosen = forward_way(*x.shape, out_features, *weight.shape, x.dtype)
         if chosen == "groups":
-            return by_groups.forward(x, weight, bias, ccol_indices, row_indices, out_features)
+            return by_groups.forward(x, weight, bias, ccol_indices, row_indices, out_features, tf32)
         if chosen == "rows" and support_bits is not None and support_bits.dtype == torch.int32:
-            return by_rows.forward(x, weight, bias, out_features, support_bits)
+            return by_rows.forward(x, weight, bias, out_features, tf32, support_bits)
         rows = by_rows.densify_rows(weight, ccol_indices, row_indices, out_features, x if chosen == "rows" else None)
         if chosen == "rows":
-            return by_rows.forward(x, rows, bias, out_features)
+            return by_rows.forward(x, rows, bias, out_features, tf32)
         if chosen == "gathers":
-            return by_gathers.forward(x, rows, bias)
+            return by_gathers.forward(x, rows, bias, tf32)
         dense = rows[:, :out_features]
         return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
@@ -93,13 +106,14 @@ def sparse_linear_grad_input(
         return reference.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, at_nonzeros)
     O = grad_y.shape[1]
     with on_device(x):
+        tf32 = tf32_products()
         chosen = way(*x.shape, O, *weight.shape)
         active_in = x if chosen == "rows" and at_nonzeros else None
         rows = by_rows.densify_rows(weight, ccol_indices, row_indices, O, active_in)
         if chosen == "rows":
-            return by_rows.grad_input(grad_y, x, rows, at_nonzeros)
+            return by_rows.grad_input(grad_y, x, rows, at_nonzeros, tf32)
         if chosen == "gathers" and at_nonzeros:
-            return by_gathers.grad_input(grad_y, x, rows)
+            return by_gathers.grad_input(grad_y, x, rows, tf32)
         grad_x = grad_y @ rows[:, :O].t()
         return grad_x.masked_fill_(x == 0, 0) if at_nonzeros else grad_x
 
@@ -119,5 +133,5 @@ def sparse_linear_grad_weight(
         if chosen == "rows":
             return by_rows.grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
         if chosen == "gathers":
-            return by_gathers.grad_weight(grad_y, x).view(-1, group_size)
+            return by_gathers.grad_weight(grad_y, x, tf32_products()).view(-1, group_size)
         return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
