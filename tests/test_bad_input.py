@@ -212,6 +212,26 @@ def test_functions(op, error, message, args, kwargs, where):
     refuses(error, f"{op}: {message}", lambda: getattr(where, op)(*args, **kwargs))
 
 
+def test_indices_that_change_are_checked_again():
+    arguments = linear()[1]
+    sk.functional.sparse_linear(**arguments)
+    sk.functional.sparse_linear(**arguments)
+    arguments["ccol_indices"][1] = 10**8
+    refuses(ValueError, f"sparse_linear: {ASCENDING}", lambda: sk.functional.sparse_linear(**arguments))
+    arguments["ccol_indices"][1] = 2
+    arguments["row_indices"][0] = 10**6
+    refuses(
+        ValueError, "sparse_linear: " + RANGE.format("1..1000000"), lambda: sk.functional.sparse_linear(**arguments)
+    )
+    arguments["row_indices"][0] = 0
+    sk.functional.sparse_linear(**arguments)
+    # Fewer outputs make fewer groups.
+    fewer = arguments | {"out_features": 4, "bias": None}
+    refuses(
+        ValueError, "sparse_linear: wants row_indices in 0..0, got 0..1", lambda: sk.functional.sparse_linear(**fewer)
+    )
+
+
 def test_the_good_arguments_of_these_cases_are_good():
     """Else the cases above might fail for another reason than the one that each changes."""
     assert sk.functional.sparse_linear(**linear()[1]).tolist() == [[2, 2, 2, 2, 3, 3]] * 3
