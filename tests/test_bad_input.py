@@ -463,7 +463,8 @@ def test_from_dense_by_magnitudes_that_are_not_there():
 def test_densify_of_another_shape():
     message = "SparseLinear.densify: wants a tensor of shape (8, 4), got {}"
     refuses(ValueError, message.format("(6, 8)"), lambda: LINEAR.densify(x(6, 8)), LINEAR)
-    refuses(ValueError, message.format("NoneType"), lambda: LINEAR.densify(LINEAR.weight.grad), LINEAR)
+    refuses(TypeError, message.format("NoneType"), lambda: LINEAR.densify(LINEAR.weight.grad), LINEAR)
+    refuses(TypeError, message.format("int"), lambda: LINEAR.densify(3), LINEAR)
 
 
 @pytest.mark.parametrize(
@@ -475,6 +476,14 @@ def test_densify_of_another_shape():
             ValueError,
             "wants names of submodules in skip, got ['7'], which the model lacks",
             {"density": 0.5, "skip": ["7"]},
+        ),
+        *(
+            (
+                TypeError,
+                f"wants names of submodules or a function for skip, got {skip}",
+                {"density": 0.5, "skip": skip},
+            )
+            for skip in (None, 3, [0, "2"])
         ),
     ],
 )

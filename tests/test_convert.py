@@ -129,9 +129,85 @@ def test_layers_that_no_sparse_layer_computes_are_left_alone():
     )
     x = torch.randn(2, 4, 6, 6)
     same, valid = model["same"](x), model["valid"](x)
-    assert list(sk.sparsify_(model, density=0.5)) == ["same", "valid"]
+    swapped = sk.sparsify_(model, density=0.5, skip=["reflecting"])
+    assert list(swapped) == ["same", "valid"]
+    assert swapped.left_alone == {
+        "subclass": "it is a Scaled",
+        "normed": "it is a ParametrizedLinear",
+        "grouped": "it has groups",
+        "dilated": "it is dilated",
+        "same_even": "it pads its two sides differently",
+        "attention.out_proj": "it is a NonDynamicallyQuantizableLinear",
+    }
     torch.testing.assert_close(model["same"](x), same)
     torch.testing.assert_close(model["valid"](x), valid)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_what_hooks_compute_is_not_lost():
+    model = nn.ModuleDict(
+        {
+            "weight_norm": nn.utils.weight_norm(nn.Linear(4, 4)),
+            "spectral_norm": nn.utils.spectral_norm(nn.Linear(4, 4)),
+            "hook": nn.Linear(4, 4),
+            "backward": nn.Linear(4, 4),
+            "complex": nn.Linear(4, 4, dtype=torch.complex64),
+            "empty": nn.Linear(0, 4),
+            "none": nn.Linear(4, 0),
+            "plain": nn.Linear(4, 4),
+        }
+    )
+    model["hook"].register_forward_hook(lambda module, args, y: 2 * y)
+    model["backward"].register_full_backward_hook(lambda module, grad_x, grad_y: None)
+    before = kinds(model)
+    swapped = sk.sparsify_(model, density=0.5)
+    assert list(swapped) == ["plain"]
+    hooks = ["weight_norm", "spectral_norm", "hook", "backward"]
+    assert swapped.left_alone == {
+        **dict.fromkeys(hooks, "it has hooks"),
+        "complex": "it is of torch.complex64",
+        "empty": "it has no weights",
+        "none": "it has no weights",
+    }
+    assert kinds(model) == before | {"plain": sk.SparseLinear}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
+def test_a_transformer_computes_by_its_sparse_layers(activation):
+    """In eval mode PyTorch's encoder would read the weights of linear1 and linear2 itself."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=activation != torch.tanh).eval()
+    paths = [layer.activation_relu_or_gelu for layer in model.layers]
+    x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    with torch.no_grad():
+        wanted = model(x, src_key_padding_mask=padding)[~padding]
+    assert len(sk.sparsify_(model, density=1.0)) == 4
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], wanted)
+    sk.densify_(model)
+    assert [layer.activation_relu_or_gelu for layer in model.layers] == paths
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], wanted)
+
+
+def test_frozen_parameters_stay_frozen():
+    model = network()
+    frozen = {"0.weight", "3.weight", "3.bias", "5.0.bias"}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    for swap in (lambda model: sk.sparsify_(model, density=0.5), sk.densify_):
+        swap(model)
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_what_is_computed_from_parameters_can_be_trained(norm):
+    layer = sk.SparseLinear.from_dense(norm(nn.Linear(6, 4)), density=0.5)
+    assert layer.weight.requires_grad
+    assert layer.bias.requires_grad
 
 
 def test_a_layer_in_several_places_is_swapped_in_all():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports
-from sparsekern.nn.sparse_linear import whole
+from sparsekern.nn.sparse_linear import freeze_as, whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_conv2d import is_plain, pair, sparse_conv2d_images, sparse_conv2d_prepared
 
@@ -124,7 +124,7 @@ class SparseConv2d(nn.Module):
         conv.weight.copy_(whole(self.weight) if self.mask is None else whole(self.weight) * self.mask)
         if self.bias is not None:
             conv.bias.copy_(whole(self.bias))
-        return conv.train(self.training)
+        return freeze_as(self, conv.train(self.training))
 
     @classmethod
     @torch.no_grad()
@@ -156,7 +156,7 @@ class SparseConv2d(nn.Module):
         layer.weight.copy_(conv.weight)
         if conv.bias is not None:
             layer.bias.copy_(conv.bias)
-        return layer.train(conv.training)
+        return freeze_as(conv, layer.train(conv.training))
 
     def extra_repr(self) -> str:
         return (

@@ -222,9 +222,11 @@ class SparseLinear(nn.Module):
 
         Differentiable; zeros where no weight exists.
         """
-        if not isinstance(t, Tensor) or t.shape != self.weight.shape:
-            got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"SparseLinear.densify: wants a tensor of shape {tuple(self.weight.shape)}, got {got}")
+        wanted = f"SparseLinear.densify: wants a tensor of shape {tuple(self.weight.shape)}"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{wanted}, got {type(t).__name__}")
+        if t.shape != self.weight.shape:
+            raise ValueError(f"{wanted}, got {tuple(t.shape)}")
         return densify(whole(t), self.ccol_indices, self.row_indices, self.out_features)
 
     @torch.no_grad()
@@ -241,7 +243,7 @@ class SparseLinear(nn.Module):
         linear.weight.copy_(self.densify(self.weight))
         if self.bias is not None:
             linear.bias.copy_(whole(self.bias))
-        return linear.train(self.training)
+        return freeze_as(self, linear.train(self.training))
 
     @classmethod
     @torch.no_grad()
@@ -257,7 +259,8 @@ class SparseLinear(nn.Module):
         """Takes over an existing layer: the weights under a mask, or the largest by magnitude.
 
         Args:
-            linear: the dense layer; its weights are copied.
+            linear: the dense layer; its weights are copied. On the meta device, which has no values, the mask has none
+                either until a state_dict is loaded.
             density: keep this fraction of each output unit's weights, those of largest magnitude (of largest Euclidean
                 norm over a group); exactly one of density and mask is given.
             mask: bool (O, I), which weights to keep; any pattern, for instance that of a pruned layer. Rows must be
@@ -306,7 +309,7 @@ class SparseLinear(nn.Module):
         layer.weight.copy_(compress(linear.weight, layer.ccol_indices, layer.row_indices, group_size))
         if linear.bias is not None:
             layer.bias.copy_(linear.bias)
-        return layer.train(linear.training)
+        return freeze_as(linear, layer.train(linear.training))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         problem = self._misfit(state_dict, prefix)
@@ -355,6 +358,15 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{support}, group_size={self.group_size}" + (", sparse_input_grad=True" if self.sparse_input_grad else "")
         )
+
+
+def freeze_as(layer: nn.Module, new: nn.Module) -> nn.Module:
+    """new, of whose weight and bias those want no gradient that want none in layer."""
+    for name in ("weight", "bias"):
+        parameter = layer._parameters.get(name)  # not what a parametrisation computes
+        if parameter is not None:
+            new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return new
 
 
 def whole(t: Tensor) -> Tensor:
