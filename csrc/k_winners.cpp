@@ -148,7 +148,11 @@ Tensor k_winners_backward(const Tensor& grad_y, const Tensor& winners) {
 void update_duty_cycle_(Tensor duty_cycle, Tensor samples_seen, const Tensor& counts, int64_t period,
                         int64_t rows_per_sample, int64_t locations) {
   const KWinnersKernels& kernels = SPARSEKERN_SELECT(k_winners);
-  const int64_t channels = duty_cycle.size(0);
+  const int64_t channels = duty_cycle.numel();
+  STD_TORCH_CHECK(duty_cycle.scalar_type() == ScalarType::Float && duty_cycle.is_contiguous() &&
+                      samples_seen.scalar_type() == ScalarType::Long && samples_seen.numel() == 1 &&
+                      counts.scalar_type() == ScalarType::Long && counts.numel() == channels + 1 && counts.is_contiguous(),
+                  "update_duty_cycle_: wants duty_cycle (C,) in float32, samples_seen () and counts (C + 1,) in int64");
   const int64_t* wins = static_cast<const int64_t*>(counts.data_ptr());
   int64_t& seen = *static_cast<int64_t*>(samples_seen.data_ptr());
   const int64_t samples = wins[channels] / rows_per_sample;

@@ -16,6 +16,9 @@ constexpr int64_t kParallelWork = 20480;
 // The factors of Algorithm 1 in the calling thread's scratch; null where nothing is boosted.
 const float* boost_factors(const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
                            int64_t k, int64_t n, int64_t channels, int64_t inner) {
+  STD_TORCH_CHECK((!duty_cycle || (duty_cycle->scalar_type() == ScalarType::Float && duty_cycle->numel() == channels)) &&
+                      (!boost_strength || (boost_strength->scalar_type() == ScalarType::Float && boost_strength->numel() == 1)),
+                  "k_winners: wants duty_cycle (", channels, ",) and boost_strength () in float32");
   const float strength = boost_strength ? *static_cast<const float*>(boost_strength->data_ptr()) : 0.0f;
   if (!duty_cycle || strength == 0 || n == 0) return nullptr; // a strength of 0 multiplies by 1
   const Tensor duty = unstrided(*duty_cycle);

@@ -11,10 +11,11 @@ using factor_bits_t = reg<int64_t>;
 typedef float narrow_t __attribute__((vector_size(4 * kFactors)));
 
 // exp in double to about 1 ulp: 2^n times the Taylor series on |r| <= ln(2)/2, whose first dropped term is below 2^-57.
-// The result is rounded to float, where every body agrees.
+// The result is rounded to float, where every body agrees; of exponents beyond float's range, those at its ends (as the
+// reference; NaN stays).
 SPARSEKERN_INLINE factors_t exp_double(factors_t x) {
-  x = x < -700 ? factors_t{} - 700 : x; // beyond, float is 0 or infinite all the same; NaN stays
-  x = x > 700 ? factors_t{} + 700 : x;
+  x = x < -87 ? factors_t{} - 87 : x;
+  x = x > 88 ? factors_t{} + 88 : x;
   const factors_t shifted = x * 1.4426950408889634 + 0x1.8p52; // the integer is in the low bits
   const factors_t n = shifted - 0x1.8p52;
   const factors_t r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33; // ln(2) in two parts, the first short

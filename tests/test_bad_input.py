@@ -497,3 +497,40 @@ def test_what_is_no_model(function):
     arguments = {"density": 0.5} if function is sk.sparsify_ else {}
     message = f"{function.__name__}: wants an nn.Module, got Tensor"
     refuses(TypeError, message, lambda: function(x(3), **arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("boost_strength", -1.0, ValueError, "boost_strength finite and at least 0, got -1.0"),
+        ("boost_strength", float("nan"), ValueError, "boost_strength finite and at least 0, got nan"),
+        ("boost_strength", torch.ones(2), ValueError, r"boost_strength of shape \(\), got \(2,\)"),
+        ("duty_cycle", torch.zeros(3), ValueError, r"duty_cycle of shape \(4,\), got \(3,\)"),
+        ("samples_seen", 3, TypeError, "a tensor for samples_seen, got int"),
+    ],
+)
+def test_k_winners_buffers(name, value, error, message):
+    layer = sk.KWinners(4, 2)
+    before = getattr(layer, name).clone()
+    with pytest.raises(error, match=f"^KWinners: wants {message}"):
+        setattr(layer, name, value)
+    assert torch.equal(getattr(layer, name), before)
+
+
+def test_a_norm_that_changes_the_map():
+    with pytest.raises(ValueError, match=r"^KWinners2d: wants a norm that keeps the shape"):
+        sk.KWinners2d(4, density=0.5, max_pool=2, norm=nn.AvgPool2d(2))(torch.randn(2, 4, 8, 8))
+
+
+def test_the_bare_ops_refuse_buffers_of_another_dtype():
+    ops, x, strength = torch.ops.sparsekern, torch.randn(2, 4), torch.ones(())
+    for duty_cycle, boost in (
+        (torch.zeros(4).double(), strength),
+        (torch.zeros(3), strength),
+        (torch.zeros(4), strength.double()),
+    ):
+        with pytest.raises(RuntimeError, match="wants duty_cycle"):
+            ops.k_winners(x, 2, duty_cycle, boost, 4, 1)
+    counts = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="wants duty_cycle"):
+        ops.update_duty_cycle_(torch.zeros(4), torch.zeros((), dtype=torch.int32), counts, 10, 1, 1)

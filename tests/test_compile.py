@@ -146,6 +146,15 @@ def test_batch_sizes_need_one_dynamic_graph(case):
     assert counter.frame_count == seen
 
 
+def test_map_sizes_need_one_dynamic_graph():
+    counter = CompileCounterWithBackend("eager")
+    layer = sk.KWinners2d(4, density=0.1)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for size in (5, 6, 8, 9, 11):
+        compiled(torch.randn(2, 4, size, size))
+    assert counter.frame_count == 1
+
+
 def test_a_new_boost_strength_does_not_compile_again():
     layer = sk.KWinners(40, 8, boost_strength=4.0, boost_strength_factor=0.5)
     counter = CompileCounterWithBackend("aot_eager")

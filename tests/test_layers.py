@@ -69,3 +69,25 @@ def test_sparsify_and_back():
     y = model(x)
     assert list(sk.densify_(model)) == ["0"]
     torch.testing.assert_close(model(x), y)
+
+
+def test_all_units_by_density_are_a_relu():
+    x = torch.randn(2, 10, 3, 3)
+    for layer in (sk.KWinners2d(10, density=0.99, local=True), sk.KWinners2d(10, 10, local=True)):
+        assert torch.equal(layer(x), x.relu())
+    assert torch.equal(sk.KWinners(10, density=0.99)(x.movedim(1, -1)), x.relu().movedim(1, -1))
+
+
+def test_no_entropy_above_the_largest():
+    layer = sk.KWinners2d(15, density=0.1, local=True, boost_strength=5.0)  # 2 winners of 15
+    for _ in range(20):
+        layer(torch.randn(64, 15, 4, 4))
+    assert 0.9 * layer.max_entropy() < layer.entropy() <= layer.max_entropy()
+
+
+@pytest.mark.parametrize("functions", [sk.functional, sk.reference], ids=["kernels", "reference"])
+def test_boosts_beyond_float32_rank_as_the_largest(functions):
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    assert functions.k_winners(x, 2, torch.zeros(4), 200.0).tolist() == [[0, 0, 2, 3]]
+    low = torch.tensor([[-float("inf"), -1.0, -2.0, -3.0]])
+    assert functions.k_winners(low, 2, torch.ones(4), 500.0).tolist() == [[0, -1, -2, 0]]

@@ -377,3 +377,59 @@ def test_weights_that_do_not_exist_stay_zero(model, name):
     assert (model[0].weight[~masks[0]] == 0).all()
     # The lanes past the 30 outputs, 2 in each block of the last group of 4.
     assert (model[3].weight[model[3].row_indices == 7, 2:] == 0).all()
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def k_winners_steps(layer, batches=5):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(
+        batches,
+        8,
+        *([400] if isinstance(layer, sk.KWinners) else [4, 10, 10]),
+        generator=generator,
+        dtype=torch.float32,
+    )
+    return torch.stack([layer(batch) for batch in x]), layer.duty_cycle
+
+
+K_WINNERS = {
+    "KWinners": lambda: sk.KWinners(400, 40, boost_strength=3.0),
+    "KWinners2d": lambda: sk.KWinners2d(4, 40, boost_strength=3.0, max_pool=2),
+}
+
+
+@pytest.mark.parametrize("make", K_WINNERS.values(), ids=K_WINNERS)
+def test_k_winners_buffers_are_float32_whatever_the_default_dtype(make, default_dtype):
+    layer = make()
+    torch.set_default_dtype(torch.float32)
+    for found, wanted in zip(k_winners_steps(layer), k_winners_steps(make()), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", K_WINNERS.values(), ids=K_WINNERS)
+def test_k_winners_buffers_of_another_dtype_are_cast(make, dtype):
+    state = {name: t.to(dtype) for name, t in make().state_dict().items()}
+    loaded, given = make(), make()
+    loaded.load_state_dict(state, assign=True)
+    given.boost_strength = state["boost_strength"]
+    wanted = k_winners_steps(make())
+    for layer in (loaded, given):
+        for ours, theirs in zip(k_winners_steps(layer), wanted, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_copy_of_a_k_winners_layer_has_no_forwards_to_recompute():
+    layer = sk.KWinners(1000, 100)
+    with torch.no_grad():
+        for _ in range(70):
+            layer(torch.randn(2, 1000))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    assert file.tell() < 20000

@@ -23,6 +23,7 @@ from sparsekern.ops.k_winners import (
 # How many forwards under activation checkpointing are remembered. The bound only matters where more of them than this wait
 # for their backward.
 _REMEMBERED_FORWARDS = 64
+_BUFFERS = {"duty_cycle": torch.float32, "samples_seen": torch.int64, "boost_strength": torch.float32}
 _DISTRIBUTED = torch.distributed.is_available()
 
 
@@ -61,6 +62,9 @@ class _Forwards:
 
     def __len__(self) -> int:
         return len(self._inputs)
+
+    def __reduce__(self):
+        return _Forwards, ()  # a copy and a pickled layer have no forward of their own to recompute
 
     def remember(self, x: Tensor, duty_cycle: Tensor) -> None:
         key = _fingerprint(x)
@@ -102,32 +106,46 @@ class _KWinnersBase(nn.Module):
         self.k_inference_factor = k_inference_factor
         self.boost_strength_factor = float(boost_strength_factor)
         self.duty_cycle_period = duty_cycle_period
-        self.register_buffer("duty_cycle", torch.zeros(channels))
+        self.register_buffer("duty_cycle", torch.zeros(channels, dtype=torch.float32))
         self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
         # A tensor, so that an epoch's new value neither recompiles a compiled model nor recaptures a graph.
-        self.register_buffer("boost_strength", torch.tensor(float(boost_strength)))
+        self.register_buffer("boost_strength", torch.tensor(float(boost_strength), dtype=torch.float32))
         self._forwards = _Forwards()
 
     def _apply(self, fn, recurse=True):
         """Moves as any module does, but the float32 buffers stay float32 under ``.half()`` and the like."""
         self._forwards = _Forwards()
-        exact = {name: getattr(self, name) for name in ("duty_cycle", "boost_strength")}
+        exact = {name: self._buffers[name] for name in ("duty_cycle", "boost_strength")}
         super()._apply(fn, recurse)
         for name, value in exact.items():
-            moved = getattr(self, name)
+            moved = self._buffers[name]
             if moved.dtype != torch.float32:
-                setattr(self, name, value.to(moved.device))
+                self._buffers[name] = value.to(moved.device)
         return self
 
     def __setattr__(self, name, value):
-        """``layer.boost_strength = 2.0`` fills the buffer."""
-        if name == "boost_strength" and isinstance(value, (int, float)) and "boost_strength" in self._buffers:
-            value = torch.full_like(self.boost_strength, value)
+        """``layer.boost_strength = 2.0`` fills the buffer; all buffers keep the dtype and shape that kernels rely on."""
+        if name in _BUFFERS and name in self._buffers:
+            op, old = type(self).__name__, self._buffers[name]
+            if name == "boost_strength" and not isinstance(value, Tensor):
+                _check.at_least_0(op, name, value)
+                value = torch.full_like(old, value)
+            _check.shape(op, name, value, tuple(old.shape))
+            value = value.to(_BUFFERS[name])
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        for name, dtype in _BUFFERS.items():  # load_state_dict(assign=True) takes over those of any dtype
+            self._buffers[name] = self._buffers[name].to(dtype)
+
+    def _k_of(self, n: int) -> int:
+        """The number of winners of n units in training."""
+        return self.k if self.k is not None else min(n, max(1, round(self.density * n)))
 
     def _k(self, n: int) -> int:
         """The number of winners of n units in the current mode."""
-        k = self.k if self.k is not None else max(1, round(self.density * n))
+        k = self._k_of(n)
         return k if self.training else min(round(k * self.k_inference_factor), n)
 
     def _boosting_duty_cycle(self, x: Tensor) -> Tensor:
@@ -262,7 +280,11 @@ def _norm_fuses(norm: nn.Module, channels: int, count: int, needs_grad: bool) ->
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
     )
 
 
@@ -426,9 +448,9 @@ class KWinners2d(_KWinnersBase):
             raise ValueError(f"KWinners2d: wants H and W at least {pool} (max_pool), got {tuple(x.shape)}")
         locations = height * width
         n = channels if local else channels * locations
-        relu = self.k == n or self.density == 1
         if self.k is not None and self.k > n:
             raise ValueError(f"KWinners2d: wants k in 0..{n} for x of shape {tuple(x.shape)}, got {self.k}")
+        relu = self._k_of(n) == n
         # In one pass, unless there is nothing to choose.
         fused = pool > 1 and not (relu or local) and x.is_cpu
         norm_fused = False
@@ -440,12 +462,17 @@ class KWinners2d(_KWinnersBase):
         if conv_fused and (relu or (norm is not None and not norm_fused)):
             x, conv_fused = conv(x), False
         if norm is not None and not norm_fused:
-            x = norm(x)
+            shape, x = x.shape, norm(x)
+            if x.shape != shape:
+                raise ValueError(
+                    f"KWinners2d: wants a norm that keeps the shape {tuple(shape)}, got {tuple(x.shape)} from it"
+                )
         if pool > 1 and not fused:
             x = nn.functional.max_pool2d(x, pool)
         if relu:
             return torch.relu(x)
-        if self._units != n:  # to set an attribute of a module takes 1.5 us
+        # A compiled layer would be compiled again for each size; to set an attribute of a module takes 1.5 us.
+        if not torch.compiler.is_compiling() and self._units != n:
             self._units = n
         y, counts = self._choose(x, n, conv if conv_fused else None, norm if norm_fused else None, fused)
         if self.training and locations > 0:
@@ -469,13 +496,13 @@ class KWinners2d(_KWinnersBase):
         return k_winners2d_counted(x, *choice, self.local)
 
     def _max_entropy_density(self) -> float:
-        if self.density is not None:
-            return self.density
-        if self._units is None:
+        if self._units is not None:
+            return self._k_of(self._units) / self._units
+        if self.density is None:
             raise RuntimeError(
                 "KWinners2d: max_entropy needs the size of the map: call the layer once, or give density"
             )
-        return self.k / self._units
+        return self.density
 
     def extra_repr(self) -> str:
         pooling = f", max_pool={self.max_pool}" if self.max_pool > 1 else ""

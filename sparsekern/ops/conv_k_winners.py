@@ -32,7 +32,7 @@ def _side(kernel_size) -> int:
 # `offsets` count, are channels-last. With mean and scale (C,) the units are those of (z - mean) * scale, scale > 0, of
 # the map z. Only the gradient wants offsets; without them they are (B, 0).
 define(
-    "conv_max_pool_k_winners2d(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? scale, int k,"
+    "conv_max_pool_k_winners2d(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? scale, SymInt k,"
     " Tensor? duty_cycle, Tensor? boost_strength, bool want_offsets=True)"
     " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.conv_max_pool_k_winners2d,

@@ -45,7 +45,7 @@ def _channel_moments_fake(x):
 # duty cycle nothing is boosted. `winners` has a bit a unit, `counts` the wins of each channel and, last, the number of
 # rows.
 define(
-    "k_winners(Tensor x, int k, Tensor? duty_cycle, Tensor? boost_strength, int channels, int inner)"
+    "k_winners(Tensor x, SymInt k, Tensor? duty_cycle, Tensor? boost_strength, SymInt channels, SymInt inner)"
     " -> (Tensor y, Tensor winners, Tensor counts)",
     reference=reference.k_winners,
     fake=_k_winners_fake,
@@ -58,13 +58,13 @@ define(
 # k-winners of the maxima of pool x pool windows (what does not fill a window is left out); x contiguous or
 # channels-last, and so is y. `offsets` says where in its map each winner was taken from, in the order of y's memory.
 define(
-    "max_pool_k_winners2d(Tensor x, int k, Tensor? duty_cycle, Tensor? boost_strength, int pool)"
+    "max_pool_k_winners2d(Tensor x, SymInt k, Tensor? duty_cycle, Tensor? boost_strength, int pool)"
     " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.max_pool_k_winners2d,
     fake=_max_pool_k_winners2d_fake,
 )
 define(
-    "max_pool_k_winners2d_backward(Tensor grad_y, Tensor winners, Tensor offsets, int height, int width,"
+    "max_pool_k_winners2d_backward(Tensor grad_y, Tensor winners, Tensor offsets, SymInt height, SymInt width,"
     " bool channels_last) -> Tensor",
     reference=reference.max_pool_k_winners2d_backward,
     fake=_max_pool_k_winners2d_backward_fake,
@@ -78,7 +78,7 @@ define(
     fake=_channel_moments_fake,
 )
 define(
-    "norm_max_pool_k_winners2d(Tensor x, Tensor mean, Tensor scale, int k, Tensor? duty_cycle, Tensor? boost_strength,"
+    "norm_max_pool_k_winners2d(Tensor x, Tensor mean, Tensor scale, SymInt k, Tensor? duty_cycle, Tensor? boost_strength,"
     " int pool) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.norm_max_pool_k_winners2d,
     fake=lambda x, mean, scale, *args: _max_pool_k_winners2d_fake(x, *args),
@@ -91,7 +91,7 @@ define(
 )
 define(
     "update_duty_cycle_(Tensor(a!) duty_cycle, Tensor(b!) samples_seen, Tensor counts, int period,"
-    " int rows_per_sample, int locations) -> ()",
+    " SymInt rows_per_sample, SymInt locations) -> ()",
     reference=reference.update_duty_cycle_,
     fake=lambda duty_cycle, samples_seen, counts, period, rows_per_sample, locations: None,
 )

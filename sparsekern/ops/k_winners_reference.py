@@ -9,9 +9,10 @@ from torch import Tensor
 def boost_factors(duty_cycle: Tensor, target_density: float, boost_strength: Tensor) -> Tensor:
     """``exp(boost_strength * (target_density - duty_cycle))`` (Algorithm 1), float32.
 
-    Taken in float64 and rounded once, so that every backend multiplies by the same numbers.
+    Taken in float64 and rounded once, so that every backend multiplies by the same numbers. The exponent stays within
+    -87..88: beyond, a factor would be 0 or infinite, and its product with an infinite or a zero unit NaN, which wins.
     """
-    return torch.exp(boost_strength.double() * (target_density - duty_cycle.double())).float()
+    return torch.exp((boost_strength.double() * (target_density - duty_cycle.double())).clamp(-87, 88)).float()
 
 
 def unit_channels(n: int, channels: int, inner: int, device) -> Tensor:
@@ -45,7 +46,7 @@ def k_winners(
     channel = unit_channels(n, channels, inner, x.device)
     boosted = x.to(torch.promote_types(x.dtype, torch.float32))
     if duty_cycle is not None and boost_strength is not None:
-        boosted = boosted * boost_factors(duty_cycle, k / n, boost_strength).to(boosted.dtype)[channel]
+        boosted = boosted * boost_factors(duty_cycle, k / max(n, 1), boost_strength).to(boosted.dtype)[channel]
     # Ties go to the lowest index of the logical (channel-major) order: sort in that order, stably. NaN sorts first.
     logical = torch.argsort(channel, stable=True)
     winners = logical[torch.sort(boosted[:, logical], dim=1, descending=True, stable=True).indices[:, :k]]
