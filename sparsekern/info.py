@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 import platform
@@ -38,9 +38,16 @@ def info() -> dict[str, str]:
     if _library.has_triton():
         lines["gpu bodies"] = f"Triton kernels for {', '.join(served)} (float64: reference bodies)"
     else:
-        lines["gpu bodies"] = "reference bodies, since Triton is not installed"
-    lines["triton"] = importlib.metadata.version("triton") if _library.has_triton() else "not installed (not required)"
+        why = "Triton is not installed" if torch.version.hip is None else "the Triton kernels are for NVIDIA GPUs"
+        lines["gpu bodies"] = f"reference bodies, since {why}"
+    lines["triton"] = _triton_version()
     return lines
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed (not required)"
+    return importlib.import_module("triton").__version__  # its distribution goes by several names
 
 
 def main() -> None:

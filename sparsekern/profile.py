@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -112,12 +113,19 @@ def profile(model: nn.Module, x: Tensor, *, repeats: int = 20, show: bool = True
     Raises:
         ValueError: repeats that is not a whole number of at least 1; and whatever ``model(x)`` raises.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"profile: wants an nn.Module, got {type(model).__name__}")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"profile: wants repeats of at least 1, got {repeats!r}")
     calls: list[tuple[str, nn.Module, Tensor]] = []
     inside = {module.conv for module in model.modules() if isinstance(module, KWinners2d)}  # measured with their layer
+
+    def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        calls.append((name, module, x.detach().clone()))  # later layers may change it in place
+
     handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: calls.append((name, m, args[0].detach())))
+        module.register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, PROFILED) and module not in inside
     ]
@@ -157,8 +165,9 @@ def _profile_layer(name: str, module: nn.Module, x: Tensor, repeats: int) -> Lay
 
 def _dense_counterpart(module: nn.Module) -> nn.Module:
     if isinstance(module, (KWinners, KWinners2d)):
-        conv = getattr(module, "conv", None)
-        return nn.ReLU() if conv is None else nn.Sequential(_dense_counterpart(conv), nn.ReLU())
+        before = [_dense_counterpart(part) for name in ("conv", "norm") if (part := getattr(module, name, None))]
+        pool = getattr(module, "max_pool", 1)
+        return nn.Sequential(*before, *([nn.MaxPool2d(pool)] if pool > 1 else []), nn.ReLU())
     return module.to_dense() if isinstance(module, (SparseLinear, SparseConv2d)) else module
 
 

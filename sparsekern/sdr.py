@@ -11,6 +11,8 @@ from math import comb
 import torch
 from torch import Tensor
 
+from sparsekern.ops import _check
+
 CHUNK = 1 << 15  # trials that are simulated at a time: their random numbers fit the caches
 
 
@@ -48,12 +50,14 @@ def match_probability(n: int, a: int, s: int, theta: int) -> float:
         theta: the vector matches where it shares at least this many active bits with the prototype.
     """
     _check_sizes("sdr.match_probability", n, a, s)
+    _check_theta("sdr.match_probability", theta)
     matching = sum(overlap_count(n, a, s, b) for b in range(max(theta, 0), min(a, s) + 1))
     return matching / comb(n, a)  # integers: Python rounds their quotient once
 
 
 def scalar_threshold(s: int) -> float:
     """Half of the mean product of a scalar prototype with itself (section 2): its s components are in [-1/s, 1/s]."""
+    _check.integer("sdr.scalar_threshold", "s", s, 1)
     return s * _mean_square(1 / s) / 2
 
 
@@ -66,7 +70,8 @@ def simulate_binary(n: int, a: int, s: int, theta: int, *, trials: int = 1_000_0
         generator: of the random numbers; torch's default one if None.
     """
     _check_sizes("sdr.simulate_binary", n, a, s)
-    _check_trials("sdr.simulate_binary", trials)
+    _check_theta("sdr.simulate_binary", theta)
+    _check.integer("sdr.simulate_binary", "trials", trials, 1)
     found = sum(int((_active(n, a, s, size, generator).sum(1) >= theta).sum()) for size in _chunks(trials))
     return found / trials
 
@@ -96,7 +101,7 @@ def simulate_scalar(
         generator: of the random numbers; torch's default one if None.
     """
     _check_sizes("sdr.simulate_scalar", n, a, s)
-    _check_trials("sdr.simulate_scalar", trials)
+    _check_scalar("sdr.simulate_scalar", s, trials)
     theta = scalar_threshold(s) if theta is None else theta
     found = 0
     for size in _chunks(trials):
@@ -116,7 +121,7 @@ def scalar_match_by_overlap(
         s, scale, theta, generator: as in :func:`simulate_scalar`.
         trials: for each b.
     """
-    _check_trials("sdr.scalar_match_by_overlap", trials)
+    _check_scalar("sdr.scalar_match_by_overlap", s, trials)
     theta = scalar_threshold(s) if theta is None else theta
     found = torch.zeros(s, dtype=torch.int64)
     for size in _chunks(trials):
@@ -168,8 +173,16 @@ def _mean_square(bound: float) -> float:
 def _check_sizes(op: str, n: int, a: int, s: int) -> None:
     if not (0 <= a <= n and 0 <= s <= n):
         raise ValueError(f"{op}: wants a and s in 0..n, got n={n}, a={a}, s={s}")
+    for name, value in (("n", n), ("a", a), ("s", s)):
+        _check.integer(op, name, value, 0)
 
 
-def _check_trials(op: str, trials: int) -> None:
-    if trials < 1:
-        raise ValueError(f"{op}: wants trials of at least 1, got {trials}")
+def _check_theta(op: str, theta: int) -> None:
+    if isinstance(theta, bool) or not isinstance(theta, int):
+        raise TypeError(f"{op}: wants an integer theta, got {theta!r}")
+
+
+def _check_scalar(op: str, s: int, trials: int) -> None:
+    """A prototype without components would have them within 1 / 0."""
+    _check.integer(op, "s", s, 1)
+    _check.integer(op, "trials", trials, 1)

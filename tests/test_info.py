@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import torch
 
@@ -29,6 +31,22 @@ def test_without_the_extension_it_says_why(monkeypatch):
     lines = info.info()
     assert lines["cpu bodies"].endswith("the kernels are not there: No module named 'sparsekern._C'")
     assert "built with" not in lines
+
+
+def test_without_triton_or_nvidia_it_says_why(monkeypatch):
+    monkeypatch.setattr(_library, "has_triton", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert info.info()["gpu bodies"] == "reference bodies, since Triton is not installed"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert info.info()["gpu bodies"] == "reference bodies, since the Triton kernels are for NVIDIA GPUs"
+
+
+def test_triton_of_another_distribution(monkeypatch):
+    """pytorch-triton, for instance, which has no metadata under the module's name."""
+    triton = ModuleType("triton")
+    triton.__version__, triton.__spec__ = "3.9.1", ModuleSpec("triton", None)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    assert info.info()["triton"] == "3.9.1"
 
 
 def test_command():

@@ -77,6 +77,52 @@ def test_layers_get_the_input_that_they_really_get(model):
     assert layers["0"].speedup == layers["6"].speedup == 1
 
 
+def test_what_changes_later_is_measured_as_it_was():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            x.zero_()
+            return y
+
+    model, x = Model(), torch.ones(2, 4)
+    [layer] = sk.profile(model, x, repeats=1, show=False).layers
+    assert (layer.active, layer.products) == (1, 2 * 16)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), sk.SparseLinear(4, 3, density=0.5)])
+def test_an_input_by_name(layer):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, t):
+            return self.layer(**{"input" if isinstance(layer, nn.Linear) else "x": t})
+
+    [profiled] = sk.profile(Model(), torch.ones(2, 4), repeats=1, show=False).layers
+    assert profiled.shape == (2, 4)
+
+
+@pytest.mark.parametrize("conv", [None, nn.Conv2d(2, 4, 3), sk.SparseConv2d(2, 4, 3)])
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4, affine=False)])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_the_dense_layer_does_what_else_k_winners_does(conv, norm, pool):
+    from sparsekern.profile import _dense_counterpart
+
+    x = torch.randn(3, 4 if conv is None else 2, 8, 8)
+    layer = sk.KWinners2d(4, density=1.0, conv=conv, norm=norm, max_pool=pool).eval()
+    torch.testing.assert_close(_dense_counterpart(layer)(x), layer(x))
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"profile: wants an nn\.Module, got int"):
+        sk.profile(3, torch.ones(2))
+
+
 def test_model_is_left_as_it_was(model):
     model[3].eval()
     model.register_forward_pre_hook(lambda module, args: None)

@@ -110,5 +110,31 @@ def test_impossible_sizes_are_refused(call):
 
 
 def test_no_trials_are_refused():
-    with pytest.raises(ValueError, match="wants trials of at least 1, got 0"):
+    with pytest.raises(ValueError, match="wants trials at least 1, got 0"):
         sdr.simulate_binary(10, 2, 2, 1, trials=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "match_probability: wants an integer theta, got 2.5", lambda: sdr.match_probability(9, 3, 3, 2.5)),
+        (TypeError, "simulate_binary: wants an integer theta, got 2.5", lambda: sdr.simulate_binary(9, 3, 3, 2.5)),
+        (TypeError, "match_probability: wants an integer a .*, got 3.0", lambda: sdr.match_probability(9, 3.0, 3, 2)),
+        (
+            TypeError,
+            "simulate_binary: wants an integer trials at least 1, got 10000.0",
+            lambda: sdr.simulate_binary(9, 3, 3, 2, trials=1e4),
+        ),
+        (
+            TypeError,
+            "simulate_scalar: wants an integer trials at least 1, got 10000.0",
+            lambda: sdr.simulate_scalar(9, 3, 3, trials=1e4),
+        ),
+        (ValueError, "simulate_scalar: wants s at least 1, got 0", lambda: sdr.simulate_scalar(9, 3, 0)),
+        (ValueError, "scalar_match_by_overlap: wants s at least 1, got 0", lambda: sdr.scalar_match_by_overlap(0)),
+        (ValueError, "scalar_threshold: wants s at least 1, got 0", lambda: sdr.scalar_threshold(0)),
+    ],
+)
+def test_what_cannot_be_is_refused(error, message, call):
+    with pytest.raises(error, match=f"sdr.{message}"):
+        call()
