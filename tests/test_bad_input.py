@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
@@ -404,6 +404,26 @@ def test_layers_refuse_an_input_and_keep_their_state(error, message, build, valu
     refuses(error, message, lambda: layer(value), layer)
     layer.eval()
     refuses(error, message, lambda: layer(value), layer)
+
+
+LAYOUTS = [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.to_mkldnn]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("change", LAYOUTS, ids=lambda change: change.__name__)
+def test_an_input_of_another_layout(change, gradients):
+    for layer, op, value in ((LINEAR, "sparse_linear", x(5, 8)), (CONV, "sparse_conv2d", x(2, 3, 6, 6))):
+        if value.dim() == 4 and change is Tensor.to_sparse_csr:
+            continue
+        given = change(value)
+        message = f"{op}: wants x as an ordinary (strided) tensor, got one of layout {given.layout}"
+        with torch.set_grad_enabled(gradients):
+            refuses(TypeError, message, lambda layer=layer, given=given: layer(given), layer)
+            function = getattr(sk.functional, op)
+            args = (given, layer.weight)
+            args += (layer.ccol_indices, layer.row_indices, layer.out_features) if op == "sparse_linear" else ()
+            refuses(TypeError, message, lambda function=function, args=args: function(*args))
 
 
 def test_a_layer_without_a_map_to_choose_from():

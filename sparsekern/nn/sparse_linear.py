@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn, strided
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
@@ -191,6 +191,7 @@ class SparseLinear(nn.Module):
             and x.is_cpu
             and weight.is_cpu
             and x.dtype is weight.dtype
+            and x.layout is strided
             and x.dim() == 2
             and x.shape[1] == self.in_features
             and not is_autocast_enabled("cpu")

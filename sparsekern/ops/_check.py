@@ -19,6 +19,8 @@ def is_tensor(op: str, name: str, t: Tensor) -> None:
 def is_float_tensor(op: str, name: str, t: Tensor) -> None:
     is_tensor(op, name, t)
     float_dtype(op, name, t.dtype)
+    if t.layout is not torch.strided:
+        raise TypeError(f"{op}: wants {name} as an ordinary (strided) tensor, got one of layout {t.layout}")
 
 
 def float_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, strided
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
@@ -188,6 +188,7 @@ def _is_dense(x, weight, bias, stride, padding, sparse_input_grad) -> bool:
         and x.shape[1] == weight.shape[1] == 1
         and x.is_cpu
         and weight.is_cpu
+        and x.layout is strided
         and (bias is None or (isinstance(bias, Tensor) and bias.dtype is x.dtype and bias.shape == weight.shape[:1]))
         and x.dtype is weight.dtype
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)  # see dense_backward in csrc for float16
@@ -202,6 +203,8 @@ def _is_dense(x, weight, bias, stride, padding, sparse_input_grad) -> bool:
 def is_plain(x, weight, padding) -> bool:
     """Whether nothing about a layer's input is to be refused, cast or copied: close looks cost as much as a small layer."""
     if not isinstance(x, Tensor) or not x.is_cpu or not weight.is_cpu or x.dtype is not weight.dtype or x.dim() != 4:
+        return False
+    if x.layout is not strided:
         return False
     _, channels, height, width = x.shape
     _, in_channels, kernel_height, kernel_width = weight.shape
