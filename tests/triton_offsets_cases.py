@@ -10,7 +10,6 @@ from sparsekern.ops import k_winners_long_triton as long
 from sparsekern.ops import k_winners_reference as reference
 from sparsekern.ops import k_winners_triton as body
 from sparsekern.ops import sparse_conv2d_channels_triton as by_channels
-from sparsekern.ops import sparse_conv2d_pixels_triton as by_pixels
 from sparsekern.ops import sparse_linear_dictionary_triton as by_gathers
 from tolerance import assert_same_bits
 
@@ -115,26 +114,6 @@ def last_pixel_of(pixels):
     x = torch.empty(pixels, C, 1, 1, dtype=torch.int8)
     x[-1, :, 0, 0] = torch.arange(1, C + 1)
     return x
-
-
-@pytest.mark.parametrize("last_program", [PIXELS - 1], indirect=True)
-def test_offsets_of_pixels(last_program):
-    """The last pixel's list of active channels, and the sum of their weight rows."""
-    x, total = last_pixel_of(PIXELS), torch.zeros((), dtype=torch.int64)
-    channels, values = (torch.empty(C, PIXELS, dtype=torch.int8) for _ in range(2))
-    counts = torch.empty(PIXELS, dtype=torch.int32)
-    by_pixels._pixel_lists_kernel[(1,)](
-        x, channels, values, counts, total, PIXELS, C, 1, C, 1, 1, BLOCK_P=1, BLOCK_C=16
-    )
-    assert counts[-1] == total == C
-    assert channels[:, -1].tolist() == list(range(C))
-    assert_same_bits(values[:, -1], x[-1].flatten(), "values")
-    weight, y = torch.randn(C, 16), torch.empty(PIXELS, 16, dtype=torch.float16)
-    by_pixels._sparse_conv2d_kernel[(1, 1)](
-        channels, values, counts, total, weight, y, y, y, C, PIXELS, PIXELS, 16, 1, 1, 1, 1, 16, 1, 1, C=C, KH=1,
-        PH=0, PW=0, **ONE_PIXEL, TRANSPOSED=False, BIAS=False, WHERE=False, UNROLL=1, BLOCK_P=1, BLOCK_O=16,
-    )  # fmt: skip
-    torch.testing.assert_close(y[-1].float(), x[-1].flatten().float() @ weight, rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("last_program", [1], indirect=True)

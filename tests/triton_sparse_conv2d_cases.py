@@ -68,6 +68,7 @@ def test_sparse_conv2d_of_every_geometry(channels_last):
 @pytest.mark.usefixtures("sparse_way")
 def test_sparse_conv2d_of_many_channels():
     assert_as_reference((1, 70, 3, 3), 70, (2, 2), [1, 1], [1, 1])
+    assert_as_reference((1, 4, 3, 3), 64, (2, 2), [1, 1], [0, 0], channels_last=True)  # a whole tile of outputs
 
 
 @pytest.mark.usefixtures("sparse_way")
@@ -105,5 +106,7 @@ def test_sparse_conv2d_way():
         assert way(pixels.bfloat16(), weight, size, [0, 0]) == "dense"
         assert way(pixels[:64], weight, size, [0, 0]) == "dense"
         assert way(pixels, weight, size, [2**10, 2**10]) == "dense"
+        assert way(torch.empty(2**18, 64, 14, 14, device="meta"), weight, size, [0, 0]) == "dense"
+        assert way(pixels[:, :1], torch.Size((2**19, 1, 1, 1)), [14, 14], [0, 0]) == "dense"
     finally:
         torch.backends.cudnn.conv.fp32_precision = before

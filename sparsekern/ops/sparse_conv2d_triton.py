@@ -22,6 +22,8 @@ from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
 # Of the dense convolution. Not measured: below, at 60 TFLOP/s, cuDNN's one launch takes less than 40 us, and three to five
 # launches of 3 us with lists to write and read in between leave too little to win.
 MIN_PRODUCTS = 2**30
+MAX_SIZE = 2**31 - 2**24  # of every tensor: elements are numbered in int32, of whole tiles
+MAX_CHANNELS = 2**18  # tiles of them are the second dimension of a grid
 
 
 def strict_float32(x: Tensor) -> bool:
@@ -31,11 +33,11 @@ def strict_float32(x: Tensor) -> bool:
 
 def way(x: Tensor, weight_shape: torch.Size, out_size: list[int], padding: list[int]) -> str:
     """Which way is the fastest, for gradients too: "sparse" or "dense"."""
-    B, _, H, W = x.shape
+    B, C, H, W = x.shape
     out_pixels, weights = B * out_size[0] * out_size[1], weight_shape.numel()
-    pixels = max(B * (H + 2 * padding[0]) * (W + 2 * padding[1]), out_pixels)
-    few = max(pixels, weights) < 2**31  # both are numbered in int32
-    return "sparse" if strict_float32(x) and few and out_pixels * weights >= MIN_PRODUCTS else "dense"
+    sizes = C * B * (H + 2 * padding[0]) * (W + 2 * padding[1]), weight_shape[0] * out_pixels, weights
+    numbered = max(sizes) < MAX_SIZE and max(weight_shape[:2]) < MAX_CHANNELS
+    return "sparse" if strict_float32(x) and numbered and out_pixels * weights >= MIN_PRODUCTS else "dense"
 
 
 def sparse_conv2d(
