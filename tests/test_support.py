@@ -132,6 +132,17 @@ def test_a_move_prepares_anew():
     assert_right(empty(rows().double()), made, rows().double())
 
 
+@pytest.mark.parametrize("garbage", [-1, 10**8])
+def test_a_copy_of_a_layer_without_values_yet(garbage):
+    made = layer(0)
+    empty = copy.deepcopy(made).to("meta").to_empty(device="cpu")
+    for indices in (empty.ccol_indices, empty.row_indices):
+        indices.fill_(garbage)
+    twin = copy.deepcopy(empty)
+    twin.load_state_dict(made.state_dict())
+    assert_right(twin(rows()), made, rows())
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_layer_takes_what_is_prepared(strict):
     made, x = layer(0, 4).eval(), rows()

@@ -163,7 +163,10 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._pack_support()
+        ccol, rows, groups = self.ccol_indices, self.row_indices, -(-self.out_features // self.group_size)
+        # A copy of what to_empty() left is no support yet.
+        if has_values(ccol) and has_values(rows) and support_problem(ccol, rows, groups) is None:
+            self._pack_support()
 
     def forward(self, x: Tensor) -> Tensor:
         # What is looked up, called and checked here takes as long as the sums of a small layer. Module.__getattr__ is the
