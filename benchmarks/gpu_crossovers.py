@@ -1,8 +1,8 @@
 """Which way of the sparse linear layer's forward, and of the convolution's passes, is the fastest on this GPU.
 
-The constants of sparsekern/ops/sparse_linear_triton.py (ROWS_B, GROUPS_DENSITY) and of the sparse_conv2d_*triton.py
-(MIN_PRODUCTS, DENSE_FROM) are set from what it prints: each way is forced in turn, the linear ones checked against the
-dense layer, and timed in a CUDA graph beside it. A convolution's "dense" is cuDNN.
+The constants of sparsekern/ops/sparse_linear_triton.py (ROWS_B, ROWS_BYTES, GROUPS_DENSITY) and of the
+sparse_conv2d_*triton.py (MIN_PRODUCTS, DENSE_FROM) are set from what it prints: each way is forced in turn, the linear
+ones checked against the dense layer, and timed in a CUDA graph beside it. A convolution's "dense" is cuDNN.
 
 python benchmarks/gpu_crossovers.py [--device cpu] [--only PATTERN] [--seconds S]   (cpu: a rehearsal, without the ways)
 """
@@ -29,6 +29,7 @@ from gpu_timing import GRAPHED, on_gpu, timings
 SHAPES = (
     (1600, 1000, 0.4, 1),
     (4096, 4096, 0.1, 1),
+    (1024, 1024, 1.0, 1024),
     (4096, 4096, 1.0, 4096),
     (1600, 1500, 0.1, 16),
     (4096, 4096, 0.25, 32),
