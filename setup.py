@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
         if compiler is None:
             self.announce(
                 "sparsekern: no C++ compiler found (install g++ or clang++, or set CXX): installing without the CPU "
-                "kernels; layers will run their plain PyTorch reference bodies, correct but slow.",
+                "kernels; layers will run their reference bodies, correct but slow.",
                 level=logging.WARNING,
             )
             return

@@ -19,7 +19,7 @@ except ImportError as error:
     _C = None
     _C_error: ImportError | None = error
     warnings.warn(
-        f"sparsekern: the CPU kernels are not available ({error}); the plain PyTorch reference bodies run instead, "
+        f"sparsekern: the CPU kernels are not available ({error}); the reference bodies run instead, "
         "correct but slow. Install a C++ compiler and reinstall sparsekern to build them.",
         RuntimeWarning,
         stacklevel=2,
