@@ -197,12 +197,12 @@ SPARSEKERN_INLINE void add_samples(const T* grad_y, int64_t O, const int64_t* ou
   for (int r = 0; r < kVectors * kRegs; r++) store_reg(sums + r * kRegLanes<A>, sum[r]);
 }
 
-// The same for one vector of outputs that reaches beyond O, or lies there.
+// The same for one vector of outputs that reaches beyond O, or lies there; sums beyond stay, whatever the values are.
 template <class T>
 void add_last_samples(const T* grad_y, int64_t O, int64_t output, const acc_t<T>* value, const int32_t* sample,
                       int32_t count, acc_t<T>* sums) {
   for (int32_t p = 0; p < count && output < O; p++)
-    store(sums, fma(splat(value[p]), load_first(grad_y + sample[p] * O + output, O - output), load(sums)));
+    store_first(sums, fma(splat(value[p]), load_first(grad_y + sample[p] * O + output, O - output), load(sums)), O - output);
 }
 
 // The blocks of inputs [begin, end) of grad_y^T x, summed over B rows in ascending order.

@@ -88,6 +88,22 @@ def test_gradients_of_each_sample(layer):
             torch.testing.assert_close(grads[name][i], parameter.grad)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sk.KWinners2d(4, 12),
+        lambda: sk.KWinners2d(4, 12, max_pool=2),
+        lambda: sk.KWinners2d(4, 12, max_pool=2, norm=nn.BatchNorm2d(4, affine=False)),
+        lambda: nn.Sequential(sk.SparseConv2d(4, 4, 3), sk.KWinners2d(4, 12, max_pool=2)),
+    ],
+    ids=["plain", "pooled", "normalised", "behind a convolution"],
+)
+def test_vmap_of_channels_last_maps(make):
+    layer = make().eval()
+    x = torch.randn(3, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(vmap(lambda sample: layer(sample[None])[0])(x), layer(x))
+
+
 def test_boosting_under_vmap():
     x, duty_cycle = torch.randn(3, 2, 10), torch.rand(3, 10)
     y = vmap(lambda x, d: sk.functional.k_winners(x, 3, d, 2.0))(x, duty_cycle)

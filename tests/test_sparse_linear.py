@@ -406,3 +406,12 @@ def test_a_layer_of_small_groups(shape):
         results.append([y, first[0], first[2], *(t * layer.mask for t in weights)])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("B", [1, 2, 70])
+def test_lanes_that_no_output_uses_get_no_gradient_from_infinite_inputs(B):
+    layer = sk.SparseLinear(40, 20, density=0.5, group_size=16)
+    x = torch.randn(B, 40)
+    x[0, 3] = torch.inf
+    layer(x).sum().backward()
+    assert (layer.weight.grad[layer.row_indices == 1, 4:] == 0).all()

@@ -318,7 +318,7 @@ def _bias(conv: nn.Module) -> Tensor | None:
 
 def _dense_format(x: Tensor) -> Tensor:
     """x contiguous or channels-last, as it is if it is one of them."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    return x if _check.is_channels_last(x) else x.contiguous()
 
 
 def _norm_by_running(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

@@ -140,7 +140,8 @@ class SparseLinear(nn.Module):
             self._packed = PackedSupport(made_of, version)
             return
         # Groups too small for a register are as stored a layer without groups, whose kernels are 1.5 to 3 times as fast.
-        if group_size > 1 and self.out_features % group_size == 0 and rows.is_cpu:
+        fits = len(rows) * group_size < 2**31  # the indices are int32
+        if group_size > 1 and self.out_features % group_size == 0 and rows.is_cpu and fits:
             ccol, rows, group_size = *split_groups(ccol, rows, group_size), 1
         bits = pack_support(ccol, rows, self.out_features, group_size)
         plan = plan_support(ccol, rows, self.out_features, bits)

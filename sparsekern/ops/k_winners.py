@@ -268,7 +268,7 @@ def k_winners2d_counted(x, k, duty_cycle, boost_strength, local, *, rows=k_winne
     B, C, H, W = x.shape
     n = C if local else C * H * W
     check_k_winners("k_winners2d", x, k, n, duty_cycle, C)
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    channels_last = not x.is_contiguous() and _check.is_channels_last(x)
     if not (local or channels_last):
         y, counts = rows(x.contiguous().view(B, n), k, duty_cycle, boost_strength, C, H * W)
         return y.view(B, C, H, W), counts
@@ -282,7 +282,7 @@ def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool) -> tupl
     """k-winners over the pooled map of each sample, and the channels' counts (see the op); the layer checked x."""
     _, C, H, W = x.shape
     check_k_winners("k_winners2d", x, k, C * (H // pool) * (W // pool), duty_cycle, C)
-    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.is_contiguous() and not _check.is_channels_last(x):
         x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
         y, _, _, counts = MaxPoolKWinners2dFunction.apply(x, k, duty_cycle, boost_strength, pool)
