@@ -1,8 +1,7 @@
 // The input's gradient with one sample in each lane: a stored weight (G = 1) times the gradients of its output in up to 64
 // samples is a few multiply-adds of whole registers, and nothing is laid out but the transposed samples.
 #pragma once
-#include "sparse_linear_panels.h"
-#include "transpose.h"
+#include "sparse_linear_transposed.h"
 
 namespace sparsekern {
 namespace {
@@ -104,9 +103,10 @@ void grad_input_lanes(const LinearSupport& w, const T* grad_y, const T* x, const
 enum class GradInput { panels, dots, lanes };
 
 // Which of the three takes the least time, for all inputs alike: how these are split must not change a sum. Cycles for
-// sixteen outputs of an input, as in sparse_linear_ways.h, where the same figures stand. Of 64 rows of 1600 -> 1500 at 10 %
-// density, 200 inputs active, a tenth of grad_y not zero, one Zen 4 core: panels 0.90 ms, dots 1.2 ms, lanes 0.54 ms; of
-// 1600 -> 1000 at 40 %: panels 1.1 ms, dots 0.75 ms, lanes 1.2 ms, the dense product 2.3 ms.
+// sixteen outputs of an input, as in sparse_linear_ways.h, where the same figures stand. Of 64 rows, a tenth of x and of
+// grad_y not zero, one Zen 4 core: 1600 -> 1500 at 10 % density panels 0.84 ms, dots 0.97 ms, lanes 0.60 ms (where other
+// work has taken the weights out of the caches, panels 1.0 and lanes 1.2 ms); 1600 -> 1000 at 40 % panels 0.58 ms, dots
+// 0.71 ms, lanes 1.4 ms, the dense product 2.4 ms.
 template <class T>
 GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bool at_nonzeros, int64_t begin,
                          int64_t end) {
@@ -116,11 +116,16 @@ GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bo
     for (int64_t s = begin; s < end; s++) nonzeros += count(rows + s * n, n);
     return double(nonzeros) / double(n);
   };
-  const double d = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs));
-  const double lanes = 1 + 30 * d + 1.6 * d * double(round_up(end - begin, kLanes));
-  const double once = has_bits(w) ? 4 : 5 + 20 * d;
-  const double dots = at_nonzeros ? once + 2.8 * active(x, w.inputs) : lanes;
-  const double panels = 3 + 70 * d + 1.85 * active(grad_y, w.outputs);
+  const double d = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs)), rows = double(end - begin);
+  const double vectors = double((w.outputs + kLanes - 1) / kLanes);
+  const double lanes = 3 + 35 * d + (0.03 + 1.7 * d) * double(round_up(end - begin, kLanes));
+  double dots = lanes;
+  if (at_nonzeros) {
+    const double once = has_bits(w) ? 4.5 : 5 + 20 * d;
+    dots = once + (0.06 + 3 / vectors) * rows + (2.75 + 7 / vectors) * active(x, w.inputs);
+  }
+  const double products = active(grad_y, w.outputs);
+  const double panels = has_register_tiles<T>(w) ? 8.5 + 0.1 * rows + 1.5 * products : 3 + 70 * d + 1.85 * products;
   if (panels < lanes && panels < dots) return GradInput::panels;
   return lanes <= dots ? GradInput::lanes : GradInput::dots;
 }

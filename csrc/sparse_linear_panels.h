@@ -192,66 +192,6 @@ void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T
   });
 }
 
-constexpr int64_t kAheadInputs = 4; // by which weights are fetched in advance
-
-// The transpose of the weights, (O, I), at inputs [first, last), from the stored blocks.
-template <class T> struct TransposedTiles {
-  using A = acc_t<T>;
-  const LinearSupport& w;
-  const T* weight;
-  int64_t first, columns;
-  A* tiles;
-  int32_t* next; // each input's first block that is not laid out yet
-  int64_t output, rows;
-
-  TransposedTiles(const LinearSupport& w_, const T* weight_, int64_t first_, int64_t last)
-      : w(w_), weight(weight_), first(first_), columns(last - first_), tiles(allocate_tiles<A>(kPanel)) {
-    next = (int32_t*)scratch(kIndices, size_t(columns) * 4);
-    for (int64_t c = 0; c < columns; c++) next[c] = w.ccol[first + c];
-  }
-  void begin(int64_t o, int64_t count) { output = o, rows = count; }
-  const A* panel(int64_t p) {
-    const int64_t G = w.group, c = p * kPanel, count = columns - c < kPanel ? columns - c : kPanel;
-    std::memset((void*)tiles, 0, size_t(kTileRows<A> * kPanel) * sizeof(A));
-    for (int64_t k = 0; k < count; k++) {
-      const int32_t stop = w.ccol[first + c + k + 1], ahead = next[min(c + k + kAheadInputs, columns - 1)];
-      __builtin_prefetch(weight + ahead * G), __builtin_prefetch(w.rows + ahead);
-      A* to = tiles + k;
-      int32_t b = next[c + k];
-      if (G == 1) {
-        const int32_t until = int32_t(output + rows);
-        for (; b < stop && w.rows[b] < until; b++) to[(w.rows[b] - output) * kPanel] = to_acc(weight[b]);
-        next[c + k] = b;
-        continue;
-      }
-      for (; b < stop && w.rows[b] * G < output + rows; b++)
-        for (int64_t g = 0, at = w.rows[b] * G - output; g < G; g++, at++)
-          if (at >= 0 && at < rows) to[at * kPanel] = to_acc(weight[b * G + g]);
-      // A block that reaches past this tile is laid out in the next one again.
-      next[c + k] = b > next[c + k] && w.rows[b - 1] * G + G > output + rows ? b - 1 : b;
-    }
-    return tiles;
-  }
-};
-
-// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros.
-template <class T>
-void grad_input_panels(const LinearSupport& w, const T* grad_y, const T* x, const T* weight, T* grad_x,
-                       bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  using A = acc_t<T>;
-  const int64_t rows = end - begin, columns = last - first, K = w.outputs;
-  const size_t size = size_t(rows * round_up(columns, kPanel)) * sizeof(A);
-  A* sums = (A*)scratch(kSums, size);
-  std::memset((void*)sums, 0, size);
-  multiply_rows(grad_y + begin * K, K, rows, columns, sums, TransposedTiles<T>(w, weight, first, last));
-  const T* where = x + begin * w.inputs + first;
-  store_sums(grad_x + begin * w.inputs + first, w.inputs, rows, columns, [&](int64_t s, int64_t c) {
-    const vec<A> sum = load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
-    if (!at_nonzeros) return sum;
-    return load_first(where + s * w.inputs + c, columns - c) != 0 ? sum : vec<A>{};
-  });
-}
-
 // grad_y (B, O) as tiles: (ceil(B / kTileRows), panels, kTileRows, kPanel), zeros beyond B and O. Tiles [begin, end).
 template <class T>
 void tile_rows(const T* grad_y, int64_t B, int64_t O, acc_t<T>* tiles, int64_t begin, int64_t end) {

@@ -52,13 +52,14 @@ inline double rows_cost(const LinearWork& work) {
   const double products = double(work.B) * work.rows_active, d = work.density();
   const double vectors = double((work.support.outputs + 15) / 16); // of an input
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
-    const double beside = work.pass == Pass::forward ? 16 : work.pass == Pass::grad_input ? 20 : 4;
-    return (4.1 * d + beside / vectors) * products + (work.pass == Pass::grad_weight ? 8 * d : 0);
+    const double beside = work.pass == Pass::forward ? 16 : work.pass == Pass::grad_input ? 28 : 4;
+    const double once = work.pass == Pass::grad_weight ? 8 * d : work.pass == Pass::grad_input ? 0.06 * double(work.B) : 0;
+    return (4.1 * d + beside / vectors) * products + once;
   }
   if (work.support.group > 1) return 48 * d * products;
   const bool bits = work.support.bits != nullptr;
   if (work.pass == Pass::grad_weight) return bits && work.B == 1 ? 2 + 5 * products : 120 * d * products;
-  if (work.pass == Pass::grad_input) return (bits && d > 0.08 ? 4 : 48 * d) * products;
+  if (work.pass == Pass::grad_input) return (bits && d > 0.08 ? 6.7 + 14 / vectors : 48 * d) * products;
   if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : 3.6) * products;
   return 37 * d * products;
 }
@@ -66,27 +67,42 @@ inline double rows_cost(const LinearWork& work) {
 inline bool has_panels(const LinearWork& work) {
   return work.B > 1 && (work.support.group % 16 != 0 || (work.support.group == 16 && work.pass != Pass::grad_weight));
 }
+// The input's gradient by panels, lanes or dots: as in sparse_linear_lanes.h. These, and the rows of that pass, were
+// measured beside the dense way, whose cost sets the scale, at 1600 x 1000 (density 0.4), 1600 x 1500 (0.1, 0.2),
+// 1024 x 700 (0.3) and 784 x 128 (0.4), B = 2 to 256, G = 1 and 16, 0.1 to 1 of grad_y and 0.1 to 0.4 of x active: panels,
+// dots and rows are within about a tenth there, but for calls of little work; lanes within a third.
+inline bool has_register_tiles(const LinearWork& work) {
+  const int64_t G = work.support.group;
+  return isa() == Isa::avx512 && work.dtype != DType::f64 && (G == 16 || (G == 1 && work.support.bits != nullptr)) &&
+         work.density() > kRegisterTiles;
+}
+inline double grad_input_panels_cost(const LinearWork& work) {
+  const double d = work.density(), B = double(work.B), products = B * work.panels_active;
+  const int64_t O = work.support.outputs;
+  const double widened = work.support.group != 1 && two_bytes(work) ? 1.6 : 1; // one by one
+  const double panels =
+      has_register_tiles(work) ? 8.5 + 0.1 * B + 1.5 * products : (3 + 70 * d) * widened + 1.85 * products;
+  if (work.support.group != 1) return panels;
+  const double lane = 1.5 + 100 / double(O + 1), vectors = double((O + 15) / 16); // short rows cost more
+  const double lanes = 3 + 35 * d + (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
+  const double others = lanes < panels ? lanes : panels;
+  if (!work.at_nonzeros) return others;
+  const double once = work.support.bits != nullptr ? 4.5 : 5 + 20 * d;
+  const double dots = once + (0.06 + 3 / vectors) * B + (2.75 + 7 / vectors) * B * work.rows_active;
+  return dots < others ? dots : others;
+}
 inline double panels_cost(const LinearWork& work) {
+  if (work.pass == Pass::grad_input) return grad_input_panels_cost(work);
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
   const double panels_products = double(work.B) * work.panels_active;
-  if (work.pass == Pass::grad_input && work.support.group == 1) { // as in sparse_linear_lanes.h
-    const double lane = 1.4 + 100 / double(work.support.outputs + 1); // short rows cost more
-    const double lanes = 2 + 34 * d + lane * d * double((work.B + 15) / 16 * 16);
-    const double dots = (bits ? 4 : 5 + 20 * d) + 2.8 * double(work.B) * work.rows_active;
-    const double panels = 3 + 70 * d + 1.85 * panels_products;
-    const double others = lanes < panels ? lanes : panels;
-    return work.at_nonzeros && dots < others ? dots : others;
-  }
   if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * panels_products; // 0.08: a row's list
   if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * panels_products;
   if (work.support.group == 16 && work.pass == Pass::forward) { // 3 us a call, which 64 x 64 must not take
     const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
     return 6 + 8 * d + 12000 / vectors + 0.08 * double(work.B) + 1.5 * panels_products;
   }
-  const double once = work.pass == Pass::grad_weight  ? 3 + 38 * d
-                      : work.pass == Pass::grad_input ? 3 + 70 * d
-                                                      : 5 + 40 * d;
+  const double once = work.pass == Pass::grad_weight ? 3 + 38 * d : 5 + 40 * d;
   return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * panels_products; // two bytes are widened one by one
 }
 
