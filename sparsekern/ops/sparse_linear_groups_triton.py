@@ -20,9 +20,9 @@ SKIP_B = 32  # samples up to which weights are not read of inputs that none of t
 def tile_config(B: int, G: int, dtype: torch.dtype) -> dict:
     """Tiles of float32 do without the tensor cores. Of five stages the pipeliner takes two for the lists, which leaves
     three buffers for what they point to; few samples, whose weights wait for x anyway, take one less and more warps, or
-    sm_100 spills."""
+    sm_100 spills; the fewest take narrower tiles, or sm_80 does."""
     few = B <= SKIP_B
-    block_g = min(max(next_power_of_2(G), 16), 128)
+    block_g = min(max(next_power_of_2(G), 16), 64 if B <= 16 else 128)
     warps = min(max(4, block_g // (8 if few else 16)), 8)
     config = {"BLOCK_B": min(max(next_power_of_2(B), 16), 128), "BLOCK_G": block_g, "num_warps": warps}
     if dtype == torch.float32:
