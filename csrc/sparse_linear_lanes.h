@@ -103,10 +103,10 @@ void grad_input_lanes(const LinearSupport& w, const T* grad_y, const T* x, const
 enum class GradInput { panels, dots, lanes };
 
 // Which of the three takes the least time, for all inputs alike: how these are split must not change a sum. Cycles for
-// sixteen outputs of an input, as in sparse_linear_ways.h, where the same figures stand. Of 64 rows, a tenth of x and of
-// grad_y not zero, one Zen 4 core: 1600 -> 1500 at 10 % density panels 0.84 ms, dots 0.97 ms, lanes 0.60 ms (where other
-// work has taken the weights out of the caches, panels 1.0 and lanes 1.2 ms); 1600 -> 1000 at 40 % panels 0.58 ms, dots
-// 0.71 ms, lanes 1.4 ms, the dense product 2.4 ms.
+// sixteen outputs of an input, as in sparse_linear_ways.h, whose lanes also tell short rows from long ones. Of 64 rows, a
+// tenth of x and of grad_y not zero, one Zen 4 core: 1600 -> 1500 at 10 % density panels 0.84 ms, dots 0.97 ms, lanes
+// 0.60 ms (where other work has taken the weights out of the caches, panels 1.0 and lanes 1.2 ms); 1600 -> 1000 at 40 %
+// panels 0.58 ms, dots 0.71 ms, lanes 1.4 ms, the dense product 2.4 ms.
 template <class T>
 GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bool at_nonzeros, int64_t begin,
                          int64_t end) {

@@ -426,6 +426,14 @@ def test_an_input_of_another_layout(change, gradients):
             refuses(TypeError, message, lambda function=function, args=args: function(*args))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("change", LAYOUTS, ids=lambda change: change.__name__)
+def test_k_winners_of_another_layout(change):
+    layer, given = sk.KWinners(8, 2), change(x(5, 8))
+    message = f"KWinners: wants x as an ordinary (strided) tensor, got one of layout {given.layout}"
+    refuses(TypeError, message, lambda: layer(given), layer)
+
+
 def test_a_layer_without_a_map_to_choose_from():
     layer = sk.KWinners2d(4, 40)
     refuses(

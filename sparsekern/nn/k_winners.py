@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, nn, strided
 
+from sparsekern.nn.recomputing import Forwards, may_recompute, recomputing
 from sparsekern.nn.sparse_conv2d import SparseConv2d
 from sparsekern.ops import _check, conv_k_winners
 from sparsekern.ops.k_winners import (
@@ -20,67 +20,8 @@ from sparsekern.ops.k_winners import (
     update_duty_cycle_,
 )
 
-# How many forwards under activation checkpointing are remembered. The bound only matters where more of them than this wait
-# for their backward.
-_REMEMBERED_FORWARDS = 64
 _BUFFERS = {"duty_cycle": torch.float32, "samples_seen": torch.int64, "boost_strength": torch.float32}
 _DISTRIBUTED = torch.distributed.is_available()
-
-
-def _recomputing() -> bool:
-    """Whether this forward is activation checkpointing's second one: the autograd engine is running."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _may_recompute() -> bool:
-    """Whether this forward may be run again in the backward pass: under checkpointing, reentrant or not."""
-    if is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        return False
-    if torch.is_inference_mode_enabled():  # no backward pass
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
-
-
-def _fingerprint(x: Tensor) -> Tensor:
-    """A sum over the bits of x, int64 (): exact, so that the same numbers give it again in any layout."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return x.detach().view(integer).sum(dtype=torch.int64)
-
-
-class _Forwards:
-    """The duty cycles that checkpointed forwards have met, for their recomputations to meet again.
-
-    Recomputations may come in any order (several forwards before the first backward, a layer used twice in a segment,
-    a graph that is kept and run again), so each is recognised by its input. No value is read by the host, so that
-    nothing waits for a GPU.
-    """
-
-    def __init__(self):
-        self._inputs: deque[Tensor] = deque(maxlen=_REMEMBERED_FORWARDS)
-        self._duty_cycles: deque[Tensor] = deque(maxlen=_REMEMBERED_FORWARDS)
-        self._recomputed: deque[Tensor] = deque(maxlen=_REMEMBERED_FORWARDS)
-
-    def __len__(self) -> int:
-        return len(self._inputs)
-
-    def __reduce__(self):
-        return _Forwards, ()  # a copy and a pickled layer have no forward of their own to recompute
-
-    def remember(self, x: Tensor, duty_cycle: Tensor) -> None:
-        key = _fingerprint(x)
-        self._inputs.append(key)
-        self._duty_cycles.append(duty_cycle.clone())
-        self._recomputed.append(torch.zeros_like(key))
-
-    def duty_cycle(self, x: Tensor) -> Tensor:
-        """That of the last forward on x, among those of equal inputs of the last that was not recomputed yet."""
-        n = len(self)
-        same, recomputed = torch.stack(list(self._inputs)) == _fingerprint(x), torch.stack(list(self._recomputed))
-        rank = same * (2 * n) + (1 - recomputed) * n + torch.arange(n, device=x.device)
-        last = rank.argmax()
-        recomputed[last] = 1
-        self._recomputed = deque(recomputed.unbind(), maxlen=_REMEMBERED_FORWARDS)
-        return torch.stack(list(self._duty_cycles)).index_select(0, last.view(1)).squeeze(0)
 
 
 class _KWinnersBase(nn.Module):
@@ -110,11 +51,11 @@ class _KWinnersBase(nn.Module):
         self.register_buffer("samples_seen", torch.zeros((), dtype=torch.int64))
         # A tensor, so that an epoch's new value neither recompiles a compiled model nor recaptures a graph.
         self.register_buffer("boost_strength", torch.tensor(float(boost_strength), dtype=torch.float32))
-        self._forwards = _Forwards()
+        self._forwards = Forwards()
 
     def _apply(self, fn, recurse=True):
         """Moves as any module does, but the float32 buffers stay float32 under ``.half()`` and the like."""
-        self._forwards = _Forwards()
+        self._forwards = Forwards()
         exact = {name: self._buffers[name] for name in ("duty_cycle", "boost_strength")}
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -153,15 +94,15 @@ class _KWinnersBase(nn.Module):
         duty_cycle = self._buffers["duty_cycle"]  # an attribute of a module takes ten times as long
         if not self.training or torch.compiler.is_compiling():
             return duty_cycle
-        if _recomputing():
+        if recomputing():
             return self._forwards.duty_cycle(x) if len(self._forwards) else duty_cycle
-        if _may_recompute():
+        if may_recompute():
             self._forwards.remember(x, duty_cycle)
         return duty_cycle
 
     def _update_duty_cycle(self, counts: Tensor, rows_per_sample: int, locations: int) -> None:
         """Equation 6, by the counts of the whole global batch; once a step under activation checkpointing."""
-        if _recomputing():
+        if recomputing():
             return
         if _DISTRIBUTED and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(counts)
@@ -243,7 +184,14 @@ class KWinners(_KWinnersBase):
     def forward(self, x: Tensor) -> Tensor:
         n, k, buffers = self.n, self._k(self.n), self._buffers
         # The close checks cost as much as the selection from a small row.
-        plain = isinstance(x, Tensor) and x.is_cpu and x.dim() == 2 and x.shape[1] == n and x.dtype in _check.DTYPES
+        plain = (
+            isinstance(x, Tensor)
+            and x.is_cpu
+            and x.layout is strided
+            and x.dim() == 2
+            and x.shape[1] == n
+            and x.dtype in _check.DTYPES
+        )
         if not plain:
             _check.is_float_tensor("KWinners", "x", x)
             if x.dim() == 0 or x.shape[-1] != n:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports
-from sparsekern.nn.sparse_linear import freeze_as, whole
+from sparsekern.nn.parameters import freeze_as, whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_conv2d import is_plain, pair, sparse_conv2d_images, sparse_conv2d_prepared
 
@@ -37,9 +37,8 @@ class SparseConv2d(nn.Module):
     Shape: x (B, C, H, W) or (C, H, W) -> (B, O, OH, OW) or (O, OH, OW), in the dtype and memory format of x.
 
     Raises:
-        ValueError: sizes below 1, a density outside (0, 1],
-            ``"same"`` with a stride or an even kernel; in a call, an x of another shape or smaller
-            than the kernel.
+        ValueError: sizes below 1, a density outside (0, 1], ``"same"`` with a stride or an even kernel; in a call, an x of
+            another shape or smaller than the kernel.
         TypeError: arguments of another type, a dtype that is not float32, float64, bfloat16 or float16; in a call, an x of
             another dtype than the parameters, outside autocast.
 

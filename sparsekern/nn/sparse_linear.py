@@ -11,6 +11,7 @@ from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
+from sparsekern.nn.parameters import freeze_as, whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_linear import (
     forward_op,
@@ -363,20 +364,6 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{support}, group_size={self.group_size}" + (", sparse_input_grad=True" if self.sparse_input_grad else "")
         )
-
-
-def freeze_as(layer: nn.Module, new: nn.Module) -> nn.Module:
-    """new, of whose weight and bias those want no gradient that want none in layer."""
-    for name in ("weight", "bias"):
-        parameter = layer._parameters.get(name)  # not what a parametrisation computes
-        if parameter is not None:
-            new.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return new
-
-
-def whole(t: Tensor) -> Tensor:
-    """t, gathered from all ranks where FSDP has sharded it."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def _fits_traced(packed: PackedSupport, rows: Tensor) -> bool:

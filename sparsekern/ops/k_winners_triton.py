@@ -130,9 +130,8 @@ def _prepare_kernel(
         duty_cycle = tl.load(duty_cycle_ptr + c, mask=c < channels, other=0.0).to(tl.float64)
         target = tl.full((), k, tl.float64) / tl.full((), n, tl.float64)
         exponent = tl.load(strength_ptr).to(tl.float64) * (target - duty_cycle)
-        exponent = tl.where(
-            exponent < -87, -87.0, tl.where(exponent > 88, 88.0, exponent)
-        )  # as the reference; NaN stays
+        exponent = tl.where(exponent > 88, 88.0, exponent)  # as the reference; NaN stays
+        exponent = tl.where(exponent < -87, -87.0, exponent)
         tl.store(factors_ptr + c, tl.exp(exponent).to(tl.float32), mask=c < channels)
     first = tl.where(c == channels, rows, 0).to(tl.int64)
     tl.store(counts_ptr + c, first, mask=c <= channels)

@@ -238,8 +238,8 @@ def sparse_linear(
     """``F.linear`` with a weight of which only some blocks exist, at the cost of what is not zero (section 4.3).
 
     The weight is kept in compressed-sparse-column order, blocks of ``group_size`` outputs by one input (PyTorch's
-    ``sparse_bsc`` layout). Zeros of x are found and skipped where that
-    is faster: a zero times an infinite or NaN weight counts as zero there, and as NaN elsewhere.
+    ``sparse_bsc`` layout). Zeros of x are found and skipped where that is faster: a zero times an infinite or NaN weight
+    counts as zero there, and as NaN elsewhere.
 
     Args:
         x: (..., I), float32, float64, bfloat16 or float16; dense or sparse.
@@ -263,17 +263,7 @@ def sparse_linear(
     """
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
     check_support(ccol_indices, row_indices, -(-out_features // weight.shape[1]))
-    return sparse_linear_prepared(
-        x,
-        weight,
-        ccol_indices,
-        row_indices,
-        out_features,
-        bias,
-        sparse_input_grad,
-        support_bits=None,
-        support_plan=None,
-    )
+    return _sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, None, None)
 
 
 def sparse_linear_prepared(
@@ -281,11 +271,15 @@ def sparse_linear_prepared(
 ) -> Tensor:
     """:func:`sparse_linear` with what was prepared once for the support: see :func:`pack_support`, :func:`plan_support`."""
     check_sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias)
+    support = (ccol_indices, row_indices, out_features)
+    return _sparse_linear(x, weight, *support, bias, sparse_input_grad, support_bits, support_plan)
+
+
+def _sparse_linear(x, weight, ccol_indices, row_indices, out_features, bias, *rest) -> Tensor:
+    """Of any rank of x, and under autocast."""
     x, weight, bias = _check.autocast("sparse_linear", x, weight, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = sparse_linear_rows(
-        rows, weight, ccol_indices, row_indices, out_features, bias, sparse_input_grad, support_bits, support_plan
-    )
+    y = sparse_linear_rows(rows, weight, ccol_indices, row_indices, out_features, bias, *rest)
     return y.view(*x.shape[:-1], out_features)
 
 
