@@ -1,4 +1,5 @@
-// CPU body of the grad_bias op. Python has checked the arguments (sparsekern/ops/grad_bias.py).
+// The gradient of a bias, on the CPU. PyTorch's own sum over rows rounds differently with the number of threads (37 float32
+// columns of 1000 rows, for one).
 #include "grad_bias_calls.h"
 
 #include <algorithm>
@@ -59,5 +60,3 @@ Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
 }
 
 } // namespace sparsekern
-
-STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("grad_bias", TORCH_BOX(&sparsekern::grad_bias)); }

@@ -1,4 +1,4 @@
-// The grad_bias op for other ops' bodies.
+// The gradient of a bias, which the layers with weights share.
 #pragma once
 #include "tensor.h"
 

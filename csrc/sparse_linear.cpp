@@ -1,5 +1,6 @@
 #include "sparse_linear.h"
 
+#include "grad_bias_calls.h"
 #include "sparse_linear_dense.h"
 #include "sparse_linear_ways.h"
 #include "tensor.h"
@@ -61,11 +62,17 @@ template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body&
   });
 }
 
+// Groups may come with the support of their single outputs, whose weights are stored in the same order.
+int64_t stored_group(const Tensor& weight, const Tensor& row_indices) {
+  return weight.size(0) == row_indices.size(0) ? weight.size(1) : 1;
+}
+
 // About the fraction of t that is not zero, by stretches of it that depend on its size alone. Multiples of the golden ratio
 // spread them evenly, whatever the length of the rows.
 double estimate_active(DType dtype, const Tensor& t) {
   constexpr int64_t kStretches = 32, kStretch = 128;
   const int64_t n = t.numel();
+  if (n == 0) return 0;
   if (n <= kStretches * kStretch) return double(kernels().count(dtype, t.const_data_ptr(), n)) / double(n);
   int64_t count = 0;
   double at = 0;
@@ -76,15 +83,6 @@ double estimate_active(DType dtype, const Tensor& t) {
     if (at >= 1) at -= 1;
   }
   return double(count) / double(kStretches * kStretch);
-}
-
-// Looks at the factors only where their zeros may matter.
-Way choose(LinearWork work, const Tensor* rows_factor, const Tensor* panels_factor) {
-  if (work.B == 0 || work.blocks == 0) return Way::rows;
-  if (rows_factor != nullptr) work.rows_active = estimate_active(work.dtype, *rows_factor);
-  if (has_panels(work))
-    work.panels_active = panels_factor == rows_factor ? work.rows_active : estimate_active(work.dtype, *panels_factor);
-  return fastest_way(work);
 }
 
 // All weights, which as they are stored are a dense (I, O) matrix.
@@ -137,8 +135,7 @@ Tensor dense_linear(const LinearWork& work, const Tensor& x, const Tensor& weigh
 }
 
 // In parts of the inputs.
-Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                        bool at_nonzeros) {
+Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight) {
   const LinearSupport& w = work.support;
   Tensor grad_x = empty(x.scalar_type(), {work.B, w.inputs});
   const MatrixView out = MatrixView::of(grad_x), rows = MatrixView::of(grad_y);
@@ -149,7 +146,7 @@ Tensor dense_grad_input(const LinearWork& work, const Tensor& grad_y, const Tens
                 multiply_part(out.column_range(first, last), rows,
                               expanded(work, weight, first, last, 0, w.outputs).transposed());
               });
-  if (at_nonzeros) {
+  if (work.at_nonzeros) {
     const int64_t size = int64_t(x.element_size());
     torch::stable::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
       kernels().clear_at_zeros(work.dtype, (const char*)x.const_data_ptr() + begin * size,
@@ -225,8 +222,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   std::optional<Tensor> bias;
   if (bias_) STD_TORCH_CHECK(bias_->scalar_type() == x_.scalar_type(), "sparse_linear: wants bias in the dtype of x");
   if (bias_) bias = unstrided(*bias_);
-  // Groups may come with the support of their single outputs, whose weights are stored in the same order.
-  const int64_t group = weight.size(0) == rows.size(0) ? weight.size(1) : 1;
+  const int64_t group = stored_group(weight, rows);
   STD_TORCH_CHECK(x.size(1) == ccol.size(0) - 1 && weight.numel() == rows.size(0) * group && group > 0 &&
                       (!bias || (bias->dim() == 1 && bias->size(0) == out_features)),
                   "sparse_linear: wants x (B, I), weight (blocks, group_size), bias (O,), ccol_indices (I + 1,) and "
@@ -234,8 +230,9 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, out_features, group, support_bits);
   const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
-  const LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr, has_pairs(dtype)};
-  const Way way = choose(work, &x, &x);
+  LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr, has_pairs(dtype)};
+  work.rows_active = work.panels_active = estimate_active(dtype, x);
+  const Way way = fastest_way(work);
   if (way == Way::dense) return dense_linear(work, x, weight, bias);
   Tensor y = empty(x.scalar_type(), {B, out_features});
   if (way == Way::lanes) {
@@ -263,82 +260,93 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   return y;
 }
 
-Tensor sparse_linear_grad_input(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight_,
-                                const Tensor& ccol_indices_, const Tensor& row_indices_, bool at_nonzeros,
-                                const std::optional<Tensor>& support_bits) {
-  const DType dtype = dtype_of("sparse_linear_grad_input", x_);
-  check("sparse_linear_grad_input", x_, grad_y_);
-  check("sparse_linear_grad_input", x_, weight_);
-  const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_);
-  const Tensor weight = unstrided(weight_);
-  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
-  const int64_t B = x.size(0);
-  const LinearSupport w = support(ccol, rows, grad_y.size(1), weight.size(1), support_bits);
-  const LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), false, has_pairs(dtype), at_nonzeros};
-  const Way way = choose(work, at_nonzeros ? &x : nullptr, &grad_y);
-  if (way == Way::dense)
-    return dense_grad_input(work, grad_y, x, weight, at_nonzeros);
-  Tensor grad_x = empty(x.scalar_type(), {B, x.size(1)});
+Tensor grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight) {
+  const Way way = fastest_way(work);
+  if (way == Way::dense) return dense_grad_input(work, grad_y, x, weight);
+  const LinearSupport& w = work.support;
+  const int64_t B = work.B;
+  Tensor grad_x = empty(x.scalar_type(), {B, w.inputs});
   if (way == Way::pairs) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_pairs(w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                                 grad_x.mutable_data_ptr(), at_nonzeros, begin, end, first, last);
+                                 grad_x.mutable_data_ptr(), work.at_nonzeros, begin, end, first, last);
     });
     return grad_x;
   }
   if (way == Way::panels) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-      kernels().grad_input_panels(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                                  grad_x.mutable_data_ptr(), at_nonzeros, begin, end, first, last);
+      kernels().grad_input_panels(work.dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                                  grad_x.mutable_data_ptr(), work.at_nonzeros, begin, end, first, last);
     });
     return grad_x;
   }
   torch::stable::parallel_for(0, B, grain(B, B * weight.numel() / 8), [&](int64_t begin, int64_t end) {
-    kernels().grad_input(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                         grad_x.mutable_data_ptr(), at_nonzeros, begin, end);
+    kernels().grad_input(work.dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                         grad_x.mutable_data_ptr(), work.at_nonzeros, begin, end);
   });
   return grad_x;
 }
 
-Tensor sparse_linear_grad_weight(const Tensor& grad_y_, const Tensor& x_, const Tensor& ccol_indices_,
-                                 const Tensor& row_indices_, int64_t group_size,
-                                 const std::optional<Tensor>& support_bits) {
-  const DType dtype = dtype_of("sparse_linear_grad_weight", x_);
-  check("sparse_linear_grad_weight", x_, grad_y_);
-  const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_);
-  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
-  const int64_t B = x.size(0), I = x.size(1);
-  Tensor grad_weight = empty(x.scalar_type(), {rows.size(0), group_size});
-  const LinearSupport w = support(ccol, rows, grad_y.size(1), group_size, support_bits);
-  const LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false, false};
-  const Way way = choose(work, &x, &x);
-  if (way == Way::dense) {
-    dense_grad_weight(work, grad_y, x, grad_weight);
-    return grad_weight;
-  }
+void grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, Tensor& grad) {
+  const Way way = fastest_way(work);
+  if (way == Way::dense) return dense_grad_weight(work, grad_y, x, grad);
+  const LinearSupport& w = work.support;
+  const int64_t B = work.B, I = w.inputs;
   if (way == Way::panels) {
     int64_t bytes;
-    const int64_t tiles = kernels().tiles(dtype, B, w.outputs, &bytes);
+    const int64_t tiles = kernels().tiles(work.dtype, B, w.outputs, &bytes);
     void* memory = scratch(7, size_t(bytes));
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      kernels().tile_rows(dtype, grad_y.const_data_ptr(), B, w.outputs, memory, begin, end);
+      kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), B, w.outputs, memory, begin, end);
     });
     torch::stable::parallel_for(0, I, 64, [&](int64_t begin, int64_t end) {
-      kernels().grad_weight_panels(dtype, w, memory, x.const_data_ptr(), grad_weight.mutable_data_ptr(), B, begin, end);
+      kernels().grad_weight_panels(work.dtype, w, memory, x.const_data_ptr(), grad.mutable_data_ptr(), B, begin, end);
     });
-    return grad_weight;
+    return;
   }
-  torch::stable::parallel_for(0, I, grain(I, B * grad_weight.numel() / 8), [&](int64_t begin, int64_t end) {
-    kernels().grad_weight(dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr(), B,
-                          begin, end);
+  torch::stable::parallel_for(0, I, grain(I, B * grad.numel() / 8), [&](int64_t begin, int64_t end) {
+    kernels().grad_weight(work.dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), grad.mutable_data_ptr(), B, begin,
+                          end);
   });
-  return grad_weight;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_, const Tensor& x_,
+                                                          const Tensor& weight_, const Tensor& ccol_indices_,
+                                                          const Tensor& row_indices_, bool at_nonzeros, bool want_input,
+                                                          bool want_weight, bool want_bias,
+                                                          const std::optional<Tensor>& support_bits) {
+  const DType dtype = dtype_of("sparse_linear_backward", x_);
+  check("sparse_linear_backward", x_, grad_y_);
+  check("sparse_linear_backward", x_, weight_);
+  const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_), weight = unstrided(weight_);
+  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
+  const int64_t B = x.size(0), group = stored_group(weight, rows);
+  STD_TORCH_CHECK(x.size(1) == ccol.size(0) - 1 && weight.numel() == rows.size(0) * group && group > 0 &&
+                      grad_y.size(0) == B,
+                  "sparse_linear_backward: wants grad_y (B, O), x (B, I), weight (blocks, group_size), "
+                  "ccol_indices (I + 1,) and row_indices (blocks,)");
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), group, support_bits);
+  const auto none = [&] { return empty(x.scalar_type(), {0}); };
+  const double in_x = want_weight || (want_input && at_nonzeros) ? estimate_active(dtype, x) : 1;
+  const auto of_input = [&] {
+    LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), false, has_pairs(dtype), at_nonzeros};
+    if (at_nonzeros) work.rows_active = in_x;
+    if (has_panels(work)) work.panels_active = estimate_active(dtype, grad_y);
+    return grad_input(work, grad_y, x, weight);
+  };
+  const auto of_weight = [&] {
+    LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false, false};
+    work.rows_active = work.panels_active = in_x;
+    Tensor grad = empty(x.scalar_type(), {weight.size(0), weight.size(1)});
+    grad_weight(work, grad_y, x, grad);
+    return grad;
+  };
+  return {want_input ? of_input() : none(), want_weight ? of_weight() : none(), want_bias ? grad_bias(grad_y) : none()};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
-  m.impl("sparse_linear_grad_input", TORCH_BOX(&sparse_linear_grad_input));
-  m.impl("sparse_linear_grad_weight", TORCH_BOX(&sparse_linear_grad_weight));
+  m.impl("sparse_linear_backward", TORCH_BOX(&sparse_linear_backward));
 }
 
 } // namespace

@@ -17,7 +17,6 @@ from oracle import compare, sparse_randn
 from sparsekern.nn.mask import draw_supports, supports_to_indices
 from sparsekern.ops import (
     conv_k_winners_reference,
-    grad_bias_reference,
     k_winners_reference,
     sparse_conv2d_reference,
     sparse_linear_reference,
@@ -32,7 +31,6 @@ REFERENCES = (
     conv_k_winners_reference,
     sparse_linear_reference,
     sparse_conv2d_reference,
-    grad_bias_reference,
 )
 SCHEMAS = {schema.name: schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("sparsekern::")}
 
@@ -179,9 +177,7 @@ def samples():
         "conv_max_pool_k_winners2d_grad_weight": (torch.randn_like(y), taken_winners, taken, gray, [3, 2]),
         "patch_moments": (gray, [3, 2]),
         "sparse_linear": (x, weight, torch.randn(24), ccol, row, 24),
-        "sparse_linear_grad_input": (grad_y, x, weight, ccol, row, True),
-        "sparse_linear_grad_weight": (grad_y, x, ccol, row, 8),
-        "grad_bias": (grad_y,),
+        "sparse_linear_backward": (grad_y, x, weight, ccol, row, True, True, True, True),
         "sparse_conv2d": (image, filters, torch.randn(4), [1, 1], [0, 0]),
         "sparse_conv2d_backward": (grad_image, image, filters, [1, 1], [0, 0], True, True, True, True),
     }

@@ -143,11 +143,8 @@ def linear_in(change, layer, x, grad_y):
         (layer.ccol_indices, layer.row_indices),
     )
     y = sparse_linear_reference.sparse_linear(change(x), weight, bias, *indices, layer.out_features)
-    grad_x = sparse_linear_reference.sparse_linear_grad_input(change(grad_y), change(x), weight, *indices, True)
-    grad_weight = sparse_linear_reference.sparse_linear_grad_weight(
-        change(grad_y), change(x), *indices, layer.group_size
-    )
-    return y, grad_x, grad_weight, change(grad_y).sum(0)
+    factors = change(grad_y), change(x), weight
+    return y, *sparse_linear_reference.sparse_linear_backward(*factors, *indices, True, True, True, True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -335,8 +335,8 @@ def test_opcheck():
         weight, bias = packed_weight(indices, O, group_size, dtype), torch.randn(O).to(dtype)
         torch.library.opcheck(ops.sparse_linear.default, (x, weight, bias, *indices, O))
         torch.library.opcheck(ops.sparse_linear.default, (x, weight, None, *indices, O))
-        torch.library.opcheck(ops.sparse_linear_grad_input.default, (grad_y, x, weight, *indices, True))
-        torch.library.opcheck(ops.sparse_linear_grad_weight.default, (grad_y, x, *indices, group_size))
+        for wanted in ((True, True, True), (False, True, False)):
+            torch.library.opcheck(ops.sparse_linear_backward.default, (grad_y, x, weight, *indices, True, *wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -54,8 +54,7 @@ def sparse_linear(B, I, O, dtype, G=1, density=0.4):
     x, weight, ccol, row = linear_forward(B, I, O, dtype, G, density)
     grad_y = torch.empty(B, O, dtype=dtype, device=META)
     for at_nonzeros in (False, True):
-        sparse_linear_triton.sparse_linear_grad_input(grad_y, x, weight, ccol, row, at_nonzeros)
-    sparse_linear_triton.sparse_linear_grad_weight(grad_y, x, ccol, row, G)
+        sparse_linear_triton.sparse_linear_backward(grad_y, x, weight, ccol, row, at_nonzeros, True, True, True)
 
 
 def sparse_conv2d(B, C, O, size, kernel=5, stride=1, padding=0, channels_last=False):

@@ -21,11 +21,16 @@ def assert_as_reference(B, I, O, G=1, density=0.4, dtype=torch.float32, active=0
     x, grad_y = sparse_randn(B, I, active=active, dtype=dtype), sparse_randn(B, O, active=0.5, dtype=dtype)
     weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype) if bias else None
     indices = layer.ccol_indices, layer.row_indices
+
+    def gradients(ops, c, at_nonzeros):
+        return ops.sparse_linear_backward(c(grad_y), c(x), c(weight), *indices, at_nonzeros, True, True, True)
+
     functions = {
         "y": lambda ops, c: ops.sparse_linear(c(x), c(weight), None if bias is None else c(bias), *indices, O),
-        "grad_x": lambda ops, c: ops.sparse_linear_grad_input(c(grad_y), c(x), c(weight), *indices, False),
-        "grad_x at non-zeros": lambda ops, c: ops.sparse_linear_grad_input(c(grad_y), c(x), c(weight), *indices, True),
-        "grad_weight": lambda ops, c: ops.sparse_linear_grad_weight(c(grad_y), c(x), *indices, G),
+        "grad_x": lambda ops, c: gradients(ops, c, False)[0],
+        "grad_x at non-zeros": lambda ops, c: gradients(ops, c, True)[0],
+        "grad_weight": lambda ops, c: gradients(ops, c, True)[1],
+        "grad_bias": lambda ops, c: gradients(ops, c, True)[2],
     }
     for name, function in functions.items():
         got = function(body, lambda t: t)

@@ -170,7 +170,9 @@ def sparse_conv2d(
 
 def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     """``sparse_conv2d`` with stride and padding as checked pairs."""
-    if _is_dense(x, weight, bias, stride, padding, sparse_input_grad):
+    if _is_dense(x, weight, bias, stride, padding):
+        if sparse_input_grad and x.requires_grad and is_grad_enabled():
+            x = x.masked_fill(x == 0, 0)  # which lets no gradient through
         return torch.conv2d(x, weight, bias)
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
@@ -179,7 +181,7 @@ def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) 
     return y if x.dim() == 4 else y.squeeze(0)
 
 
-def _is_dense(x, weight, bias, stride, padding, sparse_input_grad) -> bool:
+def _is_dense(x, weight, bias, stride, padding) -> bool:
     """Whether the dense convolution takes all passes whatever the values: with one channel there is nothing to skip."""
     return (
         isinstance(x, Tensor)
@@ -194,7 +196,6 @@ def _is_dense(x, weight, bias, stride, padding, sparse_input_grad) -> bool:
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)  # see dense_backward in csrc for float16
         and stride[0] == stride[1] == 1
         and padding[0] == padding[1] == 0
-        and not (sparse_input_grad and x.requires_grad)
         and x.shape[2] >= weight.shape[2] > 0
         and x.shape[3] >= weight.shape[3] > 0
     )

@@ -6,7 +6,7 @@ import math
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,7 +14,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops._library import Function, define, has_triton, instruction_set
-from sparsekern.ops.grad_bias import grad_bias as sum_grad_bias
+
+
+def _sparse_linear_backward_fake(
+    grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, want_input, want_weight, want_bias, support_bits=None
+):
+    return (
+        torch.empty_like(x) if want_input else x.new_empty(0),
+        torch.empty_like(weight) if want_weight else x.new_empty(0),
+        x.new_empty(grad_y.shape[1]) if want_bias else x.new_empty(0),
+    )
+
 
 define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ccol_indices, Tensor row_indices, int out_features,"
@@ -24,26 +34,19 @@ define(
         x.new_empty((x.shape[0], out_features))
     ),
 )
+# All gradients at once: a call costs as much as the sums of a small layer. (0,) in place of one that is not wanted. The
+# weight and its gradient may be stored in groups where the support is that of their single outputs: see split_groups().
 define(
-    "sparse_linear_grad_input(Tensor grad_y, Tensor x, Tensor weight, Tensor ccol_indices, Tensor row_indices,"
-    " bool at_nonzeros, Tensor? support_bits=None) -> Tensor",
-    reference=reference.sparse_linear_grad_input,
-    fake=lambda grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, support_bits=None: torch.empty_like(x),
+    "sparse_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor ccol_indices, Tensor row_indices,"
+    " bool at_nonzeros, bool want_input, bool want_weight, bool want_bias, Tensor? support_bits=None)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    reference=reference.sparse_linear_backward,
+    fake=_sparse_linear_backward_fake,
 )
-define(
-    "sparse_linear_grad_weight(Tensor grad_y, Tensor x, Tensor ccol_indices, Tensor row_indices, int group_size,"
-    " Tensor? support_bits=None) -> Tensor",
-    reference=reference.sparse_linear_grad_weight,
-    fake=lambda grad_y, x, ccol_indices, row_indices, group_size, support_bits=None: x.new_empty(
-        (row_indices.shape[0], group_size)
-    ),
-)
-
 
 # Looking an op up costs as much as a tenth of a small layer.
 forward_op = torch.ops.sparsekern.sparse_linear.default
-_grad_input = torch.ops.sparsekern.sparse_linear_grad_input.default
-_grad_weight = torch.ops.sparsekern.sparse_linear_grad_weight.default
+_backward = torch.ops.sparsekern.sparse_linear_backward.default
 
 
 class SparseLinearFunction(Function):
@@ -63,23 +66,32 @@ class SparseLinearFunction(Function):
     def backward(ctx, grad_y):
         x, weight, ccol_indices, row_indices, support_bits = ctx.saved_tensors
         # A second derivative goes through the plain bodies.
-        twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
-        grad_y = grad_y.contiguous()
-        shape = weight.shape
-        if row_indices.shape[0] != shape[0]:  # of single outputs
-            weight = weight.reshape(-1, 1)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            function = reference.sparse_linear_grad_input if twice else _grad_input
-            grad_x = function(grad_y, x, weight, ccol_indices, row_indices, ctx.sparse_input_grad, support_bits)
-        if ctx.needs_input_grad[1]:
-            function = reference.sparse_linear_grad_weight if twice else _grad_weight
-            grad_weight = function(grad_y, x, ccol_indices, row_indices, weight.shape[1], support_bits)
-            if weight.shape != shape:
-                grad_weight = grad_weight.view(shape)
-        if ctx.needs_input_grad[2]:
-            grad_bias = sum_grad_bias(grad_y, twice)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+        twice = is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
+        body = reference.sparse_linear_backward if twice else _backward
+        want_x, want_weight, want_bias, *_ = ctx.needs_input_grad
+        grad_x, grad_weight, grad_bias = body(
+            grad_y.contiguous(),
+            x,
+            weight,
+            ccol_indices,
+            row_indices,
+            ctx.sparse_input_grad,
+            want_x,
+            want_weight,
+            want_bias,
+            support_bits,
+        )
+        return (
+            grad_x if want_x else None,
+            grad_weight if want_weight else None,
+            grad_bias if want_bias else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, group_size: int) -> Tensor | None:
@@ -296,9 +308,7 @@ def sparse_linear_rows(
 ) -> Tensor:
     """:func:`sparse_linear_prepared` without its checks."""
     x = x.contiguous()
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return SparseLinearFunction.apply(
             x, weight, bias, ccol_indices, row_indices, out_features, sparse_input_grad, support_bits, support_plan
         )

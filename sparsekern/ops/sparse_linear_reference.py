@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
+
 
 def block_inputs(ccol_indices: Tensor, blocks: int) -> Tensor:
     """The input of each block: int64 (blocks,)."""
@@ -57,25 +59,28 @@ def sparse_linear(
     return torch.nn.functional.linear(x, densify(weight, ccol_indices, row_indices, out_features), bias)
 
 
-def sparse_linear_grad_input(
+def sparse_linear_backward(
     grad_y: Tensor,  # (B, O)
     x: Tensor,  # (B, I)
     weight: Tensor,  # (blocks, G)
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     at_nonzeros: bool,
+    want_input: bool,
+    want_weight: bool,
+    want_bias: bool,
     support_bits: Tensor | None = None,  # not needed here
-) -> Tensor:
-    grad_x = grad_y @ densify(weight, ccol_indices, row_indices, grad_y.shape[1])
-    return torch.where(x != 0, grad_x, torch.zeros((), dtype=x.dtype, device=x.device)) if at_nonzeros else grad_x
-
-
-def sparse_linear_grad_weight(
-    grad_y: Tensor,  # (B, O)
-    x: Tensor,  # (B, I)
-    ccol_indices: Tensor,  # (I + 1,) int32
-    row_indices: Tensor,  # (blocks,) int32
-    group_size: int,
-    support_bits: Tensor | None = None,  # not needed here
-) -> Tensor:
-    return compress(grad_y.t() @ x, ccol_indices, row_indices, group_size)
+) -> tuple[Tensor, Tensor, Tensor]:
+    stored = weight.shape
+    if len(row_indices) != len(weight):  # of single outputs
+        weight = weight.reshape(-1, 1)
+    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    if want_input:
+        grad_x = grad_y @ densify(weight, ccol_indices, row_indices, grad_y.shape[1])
+        if at_nonzeros:
+            grad_x = torch.where(x != 0, grad_x, torch.zeros((), dtype=x.dtype, device=x.device))
+    if want_weight:
+        grad_weight = compress(grad_y.t() @ x, ccol_indices, row_indices, weight.shape[1]).view(stored)
+    if want_bias:
+        grad_bias = sum_grad_bias(grad_y)
+    return grad_x, grad_weight, grad_bias

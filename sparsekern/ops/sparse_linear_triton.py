@@ -16,6 +16,7 @@ from sparsekern.ops import sparse_linear_groups_triton as by_groups
 from sparsekern.ops import sparse_linear_reference as reference
 from sparsekern.ops import sparse_linear_rows_triton as by_rows
 from sparsekern.ops._triton import allows_tf32, cdiv, on_device
+from sparsekern.ops.grad_bias_reference import grad_bias as sum_grad_bias
 
 # Up to here bytes are the limit of the dense product too; beyond, almost every weight row is needed by some sample.
 ROWS_B = 32
@@ -93,45 +94,49 @@ def sparse_linear(
         return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
 
-def sparse_linear_grad_input(
+def sparse_linear_backward(
     grad_y: Tensor,  # (B, O)
     x: Tensor,  # (B, I)
     weight: Tensor,  # (blocks, G)
     ccol_indices: Tensor,  # (I + 1,) int32
     row_indices: Tensor,  # (blocks,) int32
     at_nonzeros: bool,
+    want_input: bool,
+    want_weight: bool,
+    want_bias: bool,
     support_bits: Tensor | None = None,  # not needed here
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     if _plain(x, weight.numel()) or grad_y.numel() == 0:
-        return reference.sparse_linear_grad_input(grad_y, x, weight, ccol_indices, row_indices, at_nonzeros)
+        return reference.sparse_linear_backward(
+            grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, want_input, want_weight, want_bias
+        )
+    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    with on_device(x):
+        tf32, chosen = tf32_products(), way(*x.shape, grad_y.shape[1], *weight.shape)
+        if want_input:
+            grad_x = _grad_input(chosen, grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, tf32)
+        if want_weight:
+            grad_weight = _grad_weight(chosen, grad_y, x, ccol_indices, row_indices, weight.shape[1], tf32)
+        if want_bias:
+            grad_bias = sum_grad_bias(grad_y)
+    return grad_x, grad_weight, grad_bias
+
+
+def _grad_input(chosen, grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, tf32) -> Tensor:
     O = grad_y.shape[1]
-    with on_device(x):
-        tf32 = tf32_products()
-        chosen = way(*x.shape, O, *weight.shape)
-        active_in = x if chosen == "rows" and at_nonzeros else None
-        rows = by_rows.densify_rows(weight, ccol_indices, row_indices, O, active_in)
-        if chosen == "rows":
-            return by_rows.grad_input(grad_y, x, rows, at_nonzeros, tf32)
-        if chosen == "gathers" and at_nonzeros:
-            return by_gathers.grad_input(grad_y, x, rows, tf32)
-        grad_x = grad_y @ rows[:, :O].t()
-        return grad_x.masked_fill_(x == 0, 0) if at_nonzeros else grad_x
+    active_in = x if chosen == "rows" and at_nonzeros else None
+    rows = by_rows.densify_rows(weight, ccol_indices, row_indices, O, active_in)
+    if chosen == "rows":
+        return by_rows.grad_input(grad_y, x, rows, at_nonzeros, tf32)
+    if chosen == "gathers" and at_nonzeros:
+        return by_gathers.grad_input(grad_y, x, rows, tf32)
+    grad_x = grad_y @ rows[:, :O].t()
+    return grad_x.masked_fill_(x == 0, 0) if at_nonzeros else grad_x
 
 
-def sparse_linear_grad_weight(
-    grad_y: Tensor,  # (B, O)
-    x: Tensor,  # (B, I)
-    ccol_indices: Tensor,  # (I + 1,) int32
-    row_indices: Tensor,  # (blocks,) int32
-    group_size: int,
-    support_bits: Tensor | None = None,  # not needed here
-) -> Tensor:
-    if _plain(x, len(row_indices)) or grad_y.numel() == 0:
-        return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
-    with on_device(x):
-        chosen = way(*x.shape, grad_y.shape[1], len(row_indices), group_size)
-        if chosen == "rows":
-            return by_rows.grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
-        if chosen == "gathers":
-            return by_gathers.grad_weight(grad_y, x, tf32_products()).view(-1, group_size)
-        return reference.sparse_linear_grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
+def _grad_weight(chosen, grad_y, x, ccol_indices, row_indices, group_size, tf32) -> Tensor:
+    if chosen == "rows":
+        return by_rows.grad_weight(grad_y, x, ccol_indices, row_indices, group_size)
+    if chosen == "gathers":
+        return by_gathers.grad_weight(grad_y, x, tf32).view(-1, group_size)
+    return reference.compress(grad_y.t() @ x, ccol_indices, row_indices, group_size)
