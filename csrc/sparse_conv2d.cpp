@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "grad_bias_calls.h"
+#include "parallel.h"
 #include "sparse_conv2d_kept.h"
 #include "tensor.h"
 
@@ -84,7 +85,7 @@ bool sparse_pays(const Conv2d& conv, bool transposed, double active) {
 template <class F> void parallel_parts(int64_t samples, int64_t panels, const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
   if (samples >= 4 * threads || threads == 1) {
-    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+    parallel_stretches(samples, 1, [&](int64_t begin, int64_t end) {
       f(Part{begin, end - begin, 0, panels});
     });
   } else {
@@ -260,7 +261,7 @@ Tensor grad_input(const Conv2d& conv, Way way, const Tensor& grad_y, const Tenso
   const Packed packed(conv, way == Way::by_grad, weight);
   const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
   if (way == Way::by_x)
-    torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
+    parallel_stretches(conv.B, 1, [&](int64_t begin, int64_t end) {
       kernels().grad_input_at_nonzeros(conv, from, images(x), packed.data(), to.data, begin, end - begin);
     });
   else

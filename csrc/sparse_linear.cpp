@@ -1,6 +1,7 @@
 #include "sparse_linear.h"
 
 #include "grad_bias_calls.h"
+#include "parallel.h"
 #include "sparse_linear_dense.h"
 #include "sparse_linear_ways.h"
 #include "tensor.h"
@@ -51,7 +52,7 @@ template <class Body> void for_blocks(int64_t rows, int64_t columns, const Body&
   const int64_t row_blocks = blocks(rows, kRows), row_step = blocks(rows, row_blocks);
   int64_t step = kSums / row_step < kColumns ? kSums / row_step : kColumns;
   int64_t ranges = blocks(columns, step);
-  if (row_blocks * ranges % threads != 0) ranges = blocks(row_blocks * ranges, threads) * threads / row_blocks + 1;
+  ranges = blocks(blocks(row_blocks * ranges, threads) * threads, row_blocks); // as much for each thread
   step = blocks(blocks(columns, ranges), kLinearPanel) * kLinearPanel;
   ranges = blocks(columns, step);
   torch::stable::parallel_for(0, row_blocks * ranges, 1, [&](int64_t begin, int64_t end) {
@@ -299,12 +300,12 @@ void grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, 
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), B, w.outputs, memory, begin, end);
     });
-    torch::stable::parallel_for(0, I, 64, [&](int64_t begin, int64_t end) {
+    parallel_stretches(I, 64, [&](int64_t begin, int64_t end) {
       kernels().grad_weight_panels(work.dtype, w, memory, x.const_data_ptr(), grad.mutable_data_ptr(), B, begin, end);
     });
     return;
   }
-  torch::stable::parallel_for(0, I, grain(I, B * grad.numel() / 8), [&](int64_t begin, int64_t end) {
+  parallel_stretches(I, grain(I, B * grad.numel() / 8), [&](int64_t begin, int64_t end) {
     kernels().grad_weight(work.dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), grad.mutable_data_ptr(), B, begin,
                           end);
   });
