@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 WARM_UP_SECONDS = 0.03  # of each function, and at least three calls
-SAMPLE_SECONDS = 1.5e-3  # a sample is as many calls as last this long, so that the clock and a cold first call vanish
+SAMPLE_SECONDS = 1e-2  # a sample is as many calls as last this long, so that the clock and a cold first call vanish
 FEWEST_ROUNDS = 5
 
 

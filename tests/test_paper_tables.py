@@ -220,6 +220,11 @@ def test_scores_on_another_test_set_are_in_percent():
     assert theirs(11233, 1013) == "40.0 ± 3.6 %"
 
 
+def test_minutes_of_runs():
+    epochs = [{"train_seconds": "90", "test_seconds": "30"}, {"train_seconds": "45.5", "test_seconds": "14.5"}]
+    assert runs.minutes({"1": epochs, "2": epochs[:1]}) == [3, 2]
+
+
 def test_a_table_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(DATA_SETS, "mnist", Small)

@@ -137,6 +137,14 @@ def samples(by_run: dict) -> int:
     return int(next(rows(by_run))["samples"])
 
 
+def minutes(seeds: dict[str, list[dict]]) -> list[float]:
+    """What each run took to train and to test, of a network's rows by seed."""
+    return [
+        sum(float(row[name]) for row in epochs for name in ("train_seconds", "test_seconds")) / 60
+        for epochs in seeds.values()
+    ]
+
+
 def machines(by_run: dict) -> str:
     """What the runs were made on."""
     found = {f"{row['device']}, {how_many(row['threads'], 'thread')}" for row in rows(by_run)}

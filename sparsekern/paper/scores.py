@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 from sparsekern.paper import comparing, curves, options, plots, results, runs
 from sparsekern.paper.comparing import Difference, in_order, marks, mean_and_error
@@ -92,14 +93,16 @@ class ScoreCommand:
     def _scores(self, by_run: dict) -> Table:
         columns = ["network", "runs"]
         columns += [f"{score}, best epoch{what}" for score in ("test", "noise") for what in ("", ": paper", ": off by")]
-        columns += ["test, last epoch", "noise, last epoch"]
+        columns += ["test, last epoch", "noise, last epoch", "minutes a run"]
         rows = [[runs.shown(name), str(len(seeds)), *self._cells(name, seeds)] for name, seeds in by_run.items()]
         empty = [i for i, name in enumerate(columns) if "off by" in name and all(row[i] == "-" for row in rows)]
         columns, *rows = ([cell for i, cell in enumerate(line) if i not in empty] for line in (columns, *rows))
         off_by = "" if empty else " Off by: our mean's distance from the paper's, in the paper's standard deviations."
+        hours = sum(map(sum, map(runs.minutes, by_run.values()))) / 60
         spread = (
             "Mean ± standard deviation over the seeds: ours that of the sample (n - 1), the published one that of the "
-            f"population (n).{off_by} Trained and tested on {runs.machines(by_run)}."
+            f"population (n).{off_by} Trained and tested on {runs.machines(by_run)}. Minutes: of "
+            f"training and testing, the median; all runs one after the other take {hours:.1f} hours."
         )
         return Table(self.title, columns, rows, [spread])
 
@@ -115,7 +118,7 @@ class ScoreCommand:
             noise[1] = runs.deviations(best.noise, theirs.noise, theirs.noise_std)
         return [
             *(_percent(best.test), *test, ours_as(*mean_and_std(best.noise)), *noise),
-            *(_percent(last.test), ours_as(*mean_and_std(last.noise))),
+            *(_percent(last.test), ours_as(*mean_and_std(last.noise)), f"{median(runs.minutes(seeds)):.1f}"),
         ]
 
     def _paper(self) -> Published | None:
