@@ -81,11 +81,16 @@ bool sparse_pays(const Conv2d& conv, bool transposed, double active) {
   return sparse < 0.95 * dense;
 }
 
+// Samples that a thread should take together: the kernels read a slice of weights once for up to eight.
+int64_t together(int64_t samples) {
+  return std::clamp<int64_t>(samples / torch::stable::get_num_threads(), 1, 8);
+}
+
 // Calls for each chunk of (samples x panels): samples where there are enough of them, else panels too.
 template <class F> void parallel_parts(int64_t samples, int64_t panels, const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
   if (samples >= 4 * threads || threads == 1) {
-    parallel_stretches(samples, 1, [&](int64_t begin, int64_t end) {
+    parallel_stretches(samples, together(samples), [&](int64_t begin, int64_t end) {
       f(Part{begin, end - begin, 0, panels});
     });
   } else {
@@ -261,7 +266,7 @@ Tensor grad_input(const Conv2d& conv, Way way, const Tensor& grad_y, const Tenso
   const Packed packed(conv, way == Way::by_grad, weight);
   const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
   if (way == Way::by_x)
-    parallel_stretches(conv.B, 1, [&](int64_t begin, int64_t end) {
+    parallel_stretches(conv.B, together(conv.B), [&](int64_t begin, int64_t end) {
       kernels().grad_input_at_nonzeros(conv, from, images(x), packed.data(), to.data, begin, end - begin);
     });
   else
