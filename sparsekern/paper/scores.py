@@ -159,7 +159,7 @@ class ScoreCommand:
             return []
         return [
             f"Off by more than one: {', '.join(found)}. Our layers compute what the plain PyTorch networks do (`--plain`), "
-            "so the kernels are not the reason; no difference from the authors' code, above, was tested for it."
+            "so the kernels are not the reason; it is not known."
         ]
 
     def _order(self, by_run: dict) -> list[str]:
