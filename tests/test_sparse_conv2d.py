@@ -266,7 +266,7 @@ def test_density_drops_weights_and_their_gradients():
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize("B", [1, 5, 40])
 def test_threads_do_not_change_a_bit(threads, B, memory_format):
     x = sparse_randn(B, 32, 12, 12, active=0.1, dtype=torch.float32).to(memory_format=FORMATS[memory_format])
     tensors = {"x": x, "weight": torch.randn(64, 32, 5, 5), "bias": torch.randn(64)}

@@ -309,7 +309,7 @@ def test_autocast_casts_as_the_dense_layer_does(dtype):
 
 
 @pytest.mark.parametrize("group_size", [1, 16])
-@pytest.mark.parametrize("B", [1, 3, 70])
+@pytest.mark.parametrize("B", [1, 3, 70, 100])
 def test_threads_do_not_change_a_bit(threads, B, group_size):
     indices = drawn_mask(300, 500, group_size, 0.2)
     tensors = {

@@ -46,6 +46,12 @@ class Function(torch.autograd.Function):
         return cls._apply(*[_unwrap(a) if type(a) is Tensor else a for a in args])
 
 
+def wanted_only(ctx, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a function's first three inputs, None in place of one that is not wanted."""
+    want_x, want_weight, want_bias, *_ = ctx.needs_input_grad
+    return grad_x if want_x else None, grad_weight if want_weight else None, grad_bias if want_bias else None
+
+
 def define(schema: str, *, reference, fake) -> None:
     """Defines an op: its schema, its shape function, and its plain PyTorch body wherever no kernel serves.
 

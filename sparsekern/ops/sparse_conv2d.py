@@ -7,7 +7,7 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled, strided
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
-from sparsekern.ops._library import Function, define
+from sparsekern.ops._library import Function, define, wanted_only
 
 
 def _out_size(x, kernel_size, stride, padding):
@@ -64,26 +64,9 @@ class SparseConv2dFunction(Function):
         # A second derivative goes through the plain bodies.
         twice = is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
         body = reference.sparse_conv2d_backward if twice else _backward
-        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_x, grad_weight, grad_bias = body(
-            _dense_strides(grad_y),
-            x,
-            weight,
-            ctx.stride,
-            ctx.padding,
-            ctx.sparse_input_grad,
-            want_x,
-            want_weight,
-            want_bias,
-        )
-        return (
-            grad_x if want_x else None,
-            grad_weight if want_weight else None,
-            grad_bias if want_bias else None,
-            None,
-            None,
-            None,
-        )
+        where = ctx.stride, ctx.padding, ctx.sparse_input_grad
+        gradients = body(_dense_strides(grad_y), x, weight, *where, *ctx.needs_input_grad[:3])
+        return *wanted_only(ctx, *gradients), None, None, None
 
 
 def _is_dense_image(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
-from sparsekern.ops._library import Function, define, has_triton, instruction_set
+from sparsekern.ops._library import Function, define, has_triton, instruction_set, wanted_only
 
 
 def _sparse_linear_backward_fake(
@@ -68,30 +68,10 @@ class SparseLinearFunction(Function):
         # A second derivative goes through the plain bodies.
         twice = is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
         body = reference.sparse_linear_backward if twice else _backward
-        want_x, want_weight, want_bias, *_ = ctx.needs_input_grad
-        grad_x, grad_weight, grad_bias = body(
-            grad_y.contiguous(),
-            x,
-            weight,
-            ccol_indices,
-            row_indices,
-            ctx.sparse_input_grad,
-            want_x,
-            want_weight,
-            want_bias,
-            support_bits,
-        )
-        return (
-            grad_x if want_x else None,
-            grad_weight if want_weight else None,
-            grad_bias if want_bias else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        support = ccol_indices, row_indices
+        wanted = ctx.needs_input_grad[:3]
+        gradients = body(grad_y.contiguous(), x, weight, *support, ctx.sparse_input_grad, *wanted, support_bits)
+        return *wanted_only(ctx, *gradients), None, None, None, None, None, None
 
 
 def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, group_size: int) -> Tensor | None:
