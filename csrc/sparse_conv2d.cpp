@@ -30,16 +30,16 @@ Conv2d sizes(const Tensor& x, int64_t out_channels, int64_t kh, int64_t kw, cons
 }
 
 // The share of non-zeros, from up to 4,096 elements in evenly spread runs: to look at more takes as long as small layers.
-double active_fraction(const Tensor& t) {
+double active_fraction(DType dtype, const void* data, int64_t n) {
   constexpr int64_t kRuns = 32, kRun = 128;
-  const int64_t n = t.numel(), size = int64_t(t.element_size());
-  const char* data = static_cast<const char*>(t.data_ptr());
-  const DType dtype = dtype_of("sparse_conv2d", t);
   if (n <= kRuns * kRun) return n == 0 ? 0.0 : double(kernels().count(dtype, data, n)) / double(n);
+  const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2, step = (n - kRun) / (kRuns - 1);
   int64_t found = 0;
-  for (int64_t i = 0; i < kRuns; i++) found += kernels().count(dtype, data + (n - kRun) / (kRuns - 1) * i * size, kRun);
+  for (int64_t i = 0; i < kRuns; i++) found += kernels().count(dtype, static_cast<const char*>(data) + i * step * size, kRun);
   return double(found) / double(kRuns * kRun);
 }
+
+double active_fraction(const Tensor& t) { return active_fraction(dtype_of("sparse_conv2d", t), t.data_ptr(), t.numel()); }
 
 // The kernels index one sample with 32 bits and keep a bounded number of tap groups.
 bool sparse_possible(const Conv2d& conv) {
@@ -169,14 +169,17 @@ bool has_idle_tap(int64_t taps, int64_t outputs, int64_t stride, int64_t padding
   return false;
 }
 
+// oneDNN leaves the gradient of an idle tap unwritten in bfloat16.
+bool has_unwritten_taps(const Conv2d& conv) {
+  return conv.dtype == DType::bf16 && (has_idle_tap(conv.KH, conv.OH, conv.SH, conv.PH, conv.H) ||
+                                       has_idle_tap(conv.KW, conv.OW, conv.SW, conv.PW, conv.W));
+}
+
 // The gradients that are wanted; in one call, since oneDNN then lays grad_y out once.
 Gradients dense_backward(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                          const Ints& stride, const Ints& padding, bool want_input, bool want_weight) {
-  // PyTorch would sum float16 in float16, except where the processor has dot products, and oneDNN leaves the gradient of
-  // an idle tap unwritten in bfloat16.
-  if (conv.dtype == DType::f16 ||
-      (conv.dtype == DType::bf16 && (has_idle_tap(conv.KH, conv.OH, conv.SH, conv.PH, conv.H) ||
-                                     has_idle_tap(conv.KW, conv.OW, conv.SW, conv.PW, conv.W)))) {
+  // PyTorch would sum float16 in float16, except where the processor has dot products.
+  if (conv.dtype == DType::f16 || has_unwritten_taps(conv)) {
     Conv2d wide_conv = conv;
     wide_conv.dtype = DType::f32;
     const auto to = [](const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); };
@@ -311,6 +314,14 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
 }
 
 } // namespace
+
+bool small_and_dense(const Conv2d& conv, const void* x, bool training) {
+  const int64_t products = conv.B * conv.O * conv.OH * conv.OW * conv.C * conv.KH * conv.KW;
+  if (conv.C == 1 || conv.O == 1 || double(products) * dense_product(conv) > kSmallProducts) return false;
+  const double active = active_fraction(conv.dtype, x, conv.B * conv.C * conv.H * conv.W);
+  if (sparse_pays(conv, false, active)) return false;
+  return !training || (!has_unwritten_taps(conv) && input_way(conv, 1, 1) == Way::dense && weight_way(conv, active, 1) == Way::dense);
+}
 } // namespace sparsekern
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {

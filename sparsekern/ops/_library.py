@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch.compiler import is_compiling
 
 _unwrap = torch._C._functorch.unwrap_if_dead
 library = torch.library.Library("sparsekern", "DEF")
@@ -50,6 +51,11 @@ def wanted_only(ctx, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> 
     """The gradients of a function's first three inputs, None in place of one that is not wanted."""
     want_x, want_weight, want_bias, *_ = ctx.needs_input_grad
     return grad_x if want_x else None, grad_weight if want_weight else None, grad_bias if want_bias else None
+
+
+def has_values(t: Tensor | None) -> bool:
+    """Whether t is a tensor whose values Python may look at: not while traced or transformed, not on the meta device."""
+    return type(t) is Tensor and not t.is_meta and not is_compiling() and not are_transforms_active()
 
 
 def define(schema: str, *, reference, fake) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled, strided
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
-from sparsekern.ops._library import Function, define, wanted_only
+from sparsekern.ops._library import _C, Function, define, has_values, wanted_only
 
 
 def _out_size(x, kernel_size, stride, padding):
@@ -204,6 +204,25 @@ def is_plain(x, weight, padding) -> bool:
 
 def sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     """:func:`sparse_conv2d_prepared` without its checks: x (B, C, H, W) is contiguous or channels-last."""
-    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    training = is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not (training and sparse_input_grad) and _is_small_and_dense(x, weight, stride, padding, training):
+        return torch.conv2d(x, weight, bias, stride, padding)
+    if training:
         return SparseConv2dFunction.apply(x, weight, bias, stride, padding, sparse_input_grad)
     return forward_op(x, weight, bias, stride, padding)
+
+
+def _is_small_and_dense(x, weight, stride, padding, training) -> bool:
+    """Whether PyTorch's own convolution, which takes less time to call, had better do all passes (see csrc)."""
+    dtype = x.dtype
+    if dtype is not torch.float32 and dtype is not torch.bfloat16:
+        return False
+    if not has_values(x) or _C is None or not x.is_cpu:
+        return False
+    if not (weight.is_contiguous() if x.is_contiguous() else _check.is_channels_last(weight)):
+        return False  # results and gradients have the memory format of what they belong to
+    batch, channels, height, width = x.shape
+    sizes = (x.data_ptr(), dtype is torch.bfloat16, training, batch, channels, height, width)
+    return _C.small_and_dense_conv2d(*sizes, *weight.shape, *stride, *padding)

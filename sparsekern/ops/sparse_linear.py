@@ -7,13 +7,11 @@ import weakref
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_linear_reference as reference
-from sparsekern.ops._library import Function, define, has_triton, instruction_set, wanted_only
+from sparsekern.ops._library import Function, define, has_triton, has_values, instruction_set, wanted_only
 
 
 def _sparse_linear_backward_fake(
@@ -152,11 +150,6 @@ def pack_words(ccol_indices: Tensor, row_indices: Tensor, out_features: int) -> 
     counts = zeros.index_add(0, word, ones)
     bits = torch.where(bits >= 2**31, bits - 2**32, bits)
     return torch.stack((bits, counts.cumsum(0) - counts), 1).int().view(in_features, words, 2)
-
-
-def has_values(t: Tensor | None) -> bool:
-    """Whether t is a tensor whose values Python may look at: not while traced or transformed, not on the meta device."""
-    return type(t) is Tensor and not t.is_meta and not is_compiling() and not are_transforms_active()
 
 
 def support_problem(ccol_indices: Tensor, row_indices: Tensor, groups: int) -> str | None:
