@@ -25,13 +25,14 @@ constexpr int64_t kDepth = 2 * kPairs; // rows of the dense matrix in a tile
 // exist. Words of an input are asked for in ascending order.
 class WeightWords {
  public:
-  // Slots for `slots` inputs at a time.
-  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots)
-      : w_(w), weights_(w, weight, has_bits(w), 32), base_(weight), groups_((w.outputs + w.group - 1) / w.group),
-        full_(w.ccol[w.inputs] == w.inputs * groups_), next_((int64_t*)scratch(kSamples, size_t(slots) * 8)) {}
+  // Slots for `slots` inputs at a time, and outputs up to `until`.
+  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots, int64_t until)
+      : w_(w), until_(until), weights_(w, weight, has_bits(w), 32), base_(weight), groups_((w.outputs + w.group - 1) / w.group),
+        full_(w.ccol[w.inputs] == w.inputs * groups_), words_(has_bits(w) ? 0 : (groups_ * w.group / kLanes + 63) / 64),
+        next_((int64_t*)scratch(kSamples, size_t(slots * (1 + words_)) * 8)), sixteens_((uint64_t*)next_ + slots) {}
   // Slot s is input i from a word on.
   void start(int64_t s, int64_t i, int64_t word) {
-    next_[s] = full_ ? 0 : has_bits(w_) ? weights_before(w_, i, word) : first_block(w_, i, word * 64 / w_.group);
+    next_[s] = full_ ? 0 : has_bits(w_) ? weights_before(w_, i, word) : start_blocks(sixteens_ + s * words_, i, word);
   }
   // Lanes 0 to 31 and 32 to 63 of input i, which slot s is.
   SPARSEKERN_PAIRS_INLINE void get(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
@@ -42,11 +43,14 @@ class WeightWords {
 
  private:
   const LinearSupport& w_;
+  int64_t until_;
   const PaddedWeights<bf16> weights_;
   const bf16* base_;
   int64_t groups_;
   bool full_; // stored it is the dense matrix
-  int64_t* next_; // each slot's next weight after the input's first, or its next block
+  int64_t words_;
+  int64_t* next_; // each slot's next weight, after the input's first
+  uint64_t* sixteens_; // (slots, words): the sixteens of outputs at which a slot's input has blocks
 
   SPARSEKERN_PAIRS_INLINE void get_all(int64_t i, int64_t word, __m512i& low, __m512i& high) const {
     const int64_t left = w_.outputs - word * 64;
@@ -66,24 +70,43 @@ class WeightWords {
     next_[s] += __builtin_popcountll(mask);
   }
 
-  // Without branches, which could not be foreseen: the next block is either here or not.
+  // The bitmap of an input's blocks from a word on; returns how many weights lie before that.
+  int64_t start_blocks(uint64_t* sixteens, int64_t i, int64_t word) const {
+    const int64_t size = w_.group / kLanes, stop = (until_ + kLanes - 1) / kLanes; // in sixteens: a block, and all outputs
+    const int64_t first = first_block(w_, i, word * 64 / w_.group);
+    const int32_t *row = w_.rows + first, *end = w_.rows + w_.ccol[i + 1];
+    uint64_t bits = 0; // in a register: each change of memory would wait for the one before it
+    int64_t filled = 0;
+    const auto put = [&](uint32_t v) {
+      for (; filled < v / 64; bits = 0) sixteens[filled++] = bits;
+      bits |= uint64_t(1) << (v % 64);
+    };
+    if (size == 1)
+      for (; row < end && *row < stop; row++) put(*row);
+    else
+      for (; row < end && *row * size < stop; row++)
+        for (int64_t v = *row * size; v < (*row + 1) * size; v++) put(v);
+    for (; filled < words_; bits = 0) sixteens[filled++] = bits;
+    // A block of more than 64 outputs may begin before the word.
+    const int64_t within = word * 4 % size;
+    const bool cut = within != 0 && (sixteens[word * 4 / 64] >> (word * 4 % 64) & 1) != 0;
+    return (first - w_.ccol[i]) * w_.group + (cut ? within * kLanes : 0);
+  }
+
   SPARSEKERN_PAIRS_INLINE void get_blocks(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
-    const int64_t G = w_.group, stop = w_.ccol[i + 1];
-    int64_t b = next_[s], group = word * 64 / G, within = word * 64 % G;
-    __m256i part[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      const int64_t at = b < stop ? b : 0;
-      const bool here = b < stop && w_.rows[at] == group;
-      part[v] = _mm256_maskz_loadu_epi16(here ? 0xffff : 0, base_ + at * G + within);
-      within += kLanes;
-      const bool ends = within == G;
-      b += here && ends, group += ends, within = ends ? 0 : within;
-    }
-    next_[s] = b;
-    __builtin_prefetch(base_ + b * G), __builtin_prefetch(base_ + b * G + 32);
-    low = _mm512_inserti64x4(_mm512_castsi256_si512(part[0]), part[1], 1);
-    high = _mm512_inserti64x4(_mm512_castsi256_si512(part[2]), part[3], 1);
+    const uint32_t four = uint32_t(sixteens_[s * words_ + word / 16] >> (word % 16 * 4)) & 15;
+    const bf16* at = base_ + int64_t(w_.ccol[i]) * w_.group + next_[s];
+    __builtin_prefetch(at + 64), __builtin_prefetch(at + 96);
+    low = get_two(four & 3, at);
+    high = get_two(four >> 2, at + kCounts[four & 3]);
+    next_[s] += kCounts[four & 3] + kCounts[four >> 2];
+  }
+
+  // Of two sixteens those that exist.
+  static constexpr uint8_t kCounts[] = {0, 16, 16, 32}, kQuarters[] = {0, 0x0f, 0xf0, 0xff};
+  static constexpr uint32_t kLoaded[] = {0, 0xffff, 0xffff, 0xffffffff};
+  static SPARSEKERN_PAIRS_INLINE __m512i get_two(uint32_t two, const bf16* at) {
+    return _mm512_maskz_expand_epi64(kQuarters[two], _mm512_maskz_loadu_epi16(kLoaded[two], at));
   }
 };
 
@@ -98,8 +121,8 @@ struct InputPairs {
   WeightWords words;
   int64_t inputs, first_word, input = 0, count = 0;
 
-  InputPairs(const LinearSupport& w, const bf16* weight, int64_t first)
-      : words(w, weight, kDepth), inputs(w.inputs), first_word(first / 64) {}
+  InputPairs(const LinearSupport& w, const bf16* weight, int64_t first, int64_t last)
+      : words(w, weight, kDepth, last), inputs(w.inputs), first_word(first / 64) {}
   void begin(int64_t i, int64_t rows) {
     input = i, count = rows;
     for (int64_t r = 0; r < rows; r++) words.start(r, i + r, first_word);
@@ -123,7 +146,7 @@ struct OutputPairs {
   int64_t first, columns, word = 0, count = 0;
 
   OutputPairs(const LinearSupport& w, const bf16* weight, int64_t first_, int64_t last)
-      : words(w, weight, last - first_), first(first_), columns(last - first_) {
+      : words(w, weight, last - first_, w.outputs), first(first_), columns(last - first_) {
     for (int64_t k = 0; k < columns; k++) words.start(k, first + k, 0);
   }
   void begin(int64_t o, int64_t rows) { word = o / 64, count = rows; }
@@ -212,7 +235,7 @@ const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t colu
 inline void forward_pairs(const LinearSupport& w, const bf16* x, const bf16* weight, const bf16* bias, bf16* y, int64_t begin,
                           int64_t end, int64_t first, int64_t last) {
   const int64_t rows = end - begin, columns = last - first;
-  InputPairs tiles(w, weight, first);
+  InputPairs tiles(w, weight, first, last);
   const float* sums = multiply_pairs(x + begin * w.inputs, w.inputs, rows, columns, tiles);
   for (int64_t s = 0; s < rows; s++)
     for (int64_t c = 0; c < columns; c += 2 * kLanes) {

@@ -36,15 +36,18 @@ inline bool two_bytes(const LinearWork& work) { return work.dtype == DType::bf16
 inline double dense_cost(const LinearWork& work) {
   const double B = double(work.B), d = work.density();
   const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
-  const bool weights = work.pass == Pass::grad_weight;
+  const bool forward = work.pass == Pass::forward, weights = work.pass == Pass::grad_weight;
+  const bool bf16 = work.dtype == DType::bf16;
   // A matrix times a vector waits for memory; PyTorch multiplies bfloat16 by instructions of its own.
-  double cost = work.dtype == DType::bf16 ? (weights ? 3 : 5) + 0.56 * B
-                : B < 4                   ? 0.5 + 4.5 * B
-                : weights                 ? (B < 16 ? 13 : 7) + 1.28 * B
-                                          : 8 + 1.33 * B;
-  cost += (work.dtype == DType::bf16 ? 75000 : 18000) / vectors; // of calling PyTorch: 20 us by way of oneDNN, else 5 us
-  if (work.full()) return cost;
+  double cost = bf16 && weights ? 3 + 0.66 * B
+                : bf16          ? 5 + (forward && B > 128 ? 8 + 0.59 * B : (forward ? 0.65 : 0.61) * B)
+                : B < 4         ? 0.5 + 4.5 * B
+                : weights       ? (B < 16 ? 13 : 7) + 1.28 * B
+                                : 8 + 1.33 * B;
+  cost += (bf16 ? 75000 : 18000) / vectors; // of calling PyTorch: 20 us by way of oneDNN, else 5 us
+  if (work.full()) return bf16 && forward ? cost + 3 : cost; // its parts go through all weights
   if (work.support.bits != nullptr) return cost + 4.5; // laid out or collected
+  if (bf16 && work.support.group % 16 == 0) return cost + 4 + 4 * d;
   return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
 }
 
@@ -116,16 +119,16 @@ inline double lanes_cost(const LinearWork& work) {
   return 0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows;
 }
 
-// By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 50 rows forward
-// and 10 backward, where tiles are transposed. Measured at 1600 x 1500, 4096 x 1024 and 1024 x 256, B = 4 to 256.
+// By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 200 rows forward,
+// and backward, where tiles are transposed, of single outputs up to about 60. Measured, as was the dense way in bfloat16, at
+// 1600 x 1500, 4096 x 1024, 1024 x 256 and 784 x 128 (densities 0.1 to 1, G = 1, 4 and 16), B = 4 to 1024.
 inline bool has_pairs(const LinearWork& work) {
   return work.has_pairs && work.pass != Pass::grad_weight &&
          (work.support.bits != nullptr || work.support.group % 16 == 0 || work.full());
 }
 inline double pairs_cost(const LinearWork& work) {
-  const bool forward = work.pass == Pass::forward;
-  const double once = work.full() ? 4.5 : work.support.bits != nullptr ? 4 : 7;
-  return once + (forward ? 0 : 4) + (forward ? 0.66 : 0.7) * double(work.B);
+  const double once = work.full() ? 4.5 : work.support.bits != nullptr ? 4 : 5 + 14 * work.density();
+  return work.pass == Pass::forward ? once + 0.64 * double(work.B) : once + 3 + 0.69 * double(work.B);
 }
 
 // How much longer a sparse way takes than with AVX-512, measured on Zen 4. PyTorch's products use AVX-512 wherever the

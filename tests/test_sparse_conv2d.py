@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sparsekern as sk
 from oracle import compare, run, sparse_randn
+from sparsekern.ops._library import instruction_set
 from tolerance import DTYPES, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -263,6 +264,22 @@ def test_density_drops_weights_and_their_gradients():
     layer(x).square().sum().backward()
     assert not layer.weight.grad[~layer.mask].any()
     assert layer.weight.grad[layer.mask].all()
+
+
+@pytest.mark.skipif(instruction_set() is None, reason="without the kernels every convolution is PyTorch's")
+def test_only_small_dense_inputs_go_by_pytorchs_own_node():
+    def node(layer, B, active, memory_format=torch.contiguous_format):
+        x = sparse_randn(B, 16, 12, 12, active=active, dtype=torch.float32).to(memory_format=memory_format)
+        return type(layer(x.requires_grad_()).grad_fn).__name__
+
+    ours = "SparseConv2dFunctionBackward"
+    layer = sk.SparseConv2d(16, 32, 3)
+    assert node(layer, 2, 1.0) == "ConvolutionBackward0"
+    assert node(layer, 2, 0.02) == ours
+    assert node(layer, 256, 1.0) == ours  # what it saves would be nothing
+    assert node(layer, 2, 1.0, torch.channels_last) == ours  # its gradient would have another format than the weight
+    assert node(sk.SparseConv2d(16, 32, 3, sparse_input_grad=True), 2, 1.0) == ours
+    assert node(layer.to(memory_format=torch.channels_last), 2, 1.0, torch.channels_last) == "ConvolutionBackward0"
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
