@@ -315,13 +315,14 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
 
 } // namespace
 
-bool small_and_dense(const Conv2d& conv, const void* x, bool training) {
+bool small_and_dense(const Conv2d& conv, const void* x) {
   const int64_t products = conv.B * conv.O * conv.OH * conv.OW * conv.C * conv.KH * conv.KW;
   if (conv.C == 1 || conv.O == 1 || double(products) * dense_product(conv) > kSmallProducts) return false;
   const double active = active_fraction(conv.dtype, x, conv.B * conv.C * conv.H * conv.W);
-  if (sparse_pays(conv, false, active)) return false;
-  return !training || (!has_unwritten_taps(conv) && input_way(conv, 1, 1) == Way::dense && weight_way(conv, active, 1) == Way::dense);
+  return !sparse_pays(conv, false, active) && input_way(conv, 1, 1) == Way::dense &&
+         weight_way(conv, active, 1) == Way::dense && !has_unwritten_taps(conv);
 }
+
 } // namespace sparsekern
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {

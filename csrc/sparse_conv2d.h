@@ -58,14 +58,12 @@ struct SparseConv2dKernels {
                       int64_t rows);
 };
 
-// Whether all passes of a convolution had better be PyTorch's own: where the dense way takes them (the backward pass for a
-// dense gradient), and calling an op, or a Python autograd function, takes as long as a tenth of them. x holds (B, C, H, W) in
-// any order.
-bool small_and_dense(const Conv2d& conv, const void* x, bool training);
+// Whether all passes of a training step had better be PyTorch's own: where the dense way takes them, the backward pass for a
+// dense gradient, and calling a Python autograd function takes a twentieth of them or more. x holds (B, C, H, W) in any order.
+bool small_and_dense(const Conv2d& conv, const void* x);
 
 // Float32 products of a pass, or as many of another type as take as long, up to which that is so: a third of a millisecond
-// on one Zen 4 core. Beside PyTorch's convolution the forward op takes 7 to 15 us more and the function 40 to 90 us in a
-// training step, whose gradients may turn out sparse.
+// on one Zen 4 core. The function takes 40 to 90 us more than PyTorch's node; sparse gradients might save more.
 constexpr double kSmallProducts = 1 << 24;
 
 extern const SparseConv2dKernels sparse_conv2d_baseline, sparse_conv2d_avx2, sparse_conv2d_avx512;

@@ -204,25 +204,18 @@ def is_plain(x, weight, padding) -> bool:
 
 def sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     """:func:`sparse_conv2d_prepared` without its checks: x (B, C, H, W) is contiguous or channels-last."""
-    training = is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if not (training and sparse_input_grad) and _is_small_and_dense(x, weight, stride, padding, training):
-        return torch.conv2d(x, weight, bias, stride, padding)
-    if training:
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        if not sparse_input_grad and _is_small_and_dense(x, weight, stride, padding):
+            return torch.conv2d(x, weight, bias, stride, padding)
         return SparseConv2dFunction.apply(x, weight, bias, stride, padding, sparse_input_grad)
     return forward_op(x, weight, bias, stride, padding)
 
 
-def _is_small_and_dense(x, weight, stride, padding, training) -> bool:
-    """Whether PyTorch's own convolution, which takes less time to call, had better do all passes (see csrc)."""
-    dtype = x.dtype
-    if dtype is not torch.float32 and dtype is not torch.bfloat16:
-        return False
-    if not has_values(x) or _C is None or not x.is_cpu:
+def _is_small_and_dense(x, weight, stride, padding) -> bool:
+    """Whether PyTorch's own node, which takes less time to call than ours, had better do all passes (see csrc)."""
+    if not has_values(x) or _C is None or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not (weight.is_contiguous() if x.is_contiguous() else _check.is_channels_last(weight)):
         return False  # results and gradients have the memory format of what they belong to
-    batch, channels, height, width = x.shape
-    sizes = (x.data_ptr(), dtype is torch.bfloat16, training, batch, channels, height, width)
-    return _C.small_and_dense_conv2d(*sizes, *weight.shape, *stride, *padding)
+    is_bfloat16 = x.dtype is torch.bfloat16
+    return _C.small_and_dense_conv2d(x.data_ptr(), is_bfloat16, *x.shape, *weight.shape, *stride, *padding)
