@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md, between their markers, from the CSV files in results/.
+"""Writes the tables of README.md and docs/performance.md, between their markers, and README's plot, from results/*.csv.
 
 python benchmarks/tables.py [--check]
 """
@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gpu_tables import gpu_table
+from plot import plot
 from report import DENSE, ENVIRONMENT, FLOOR, LEGEND, OTHERS, Result, caption, cells, dense_forms, over, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PLOT = "docs/speed.png"
 
 # The speed-ups to reach, over dense and over the same network in plain PyTorch: (case, work, batch) -> role -> speed-up.
 TARGETS: dict[tuple[str, str, int], dict[str, float]] = {
@@ -46,7 +48,7 @@ for case in ("linear 1600->1000 d=0.4, dense input", "conv 64->64 5x5 on 14x14, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the tables and names the targets that are missed; with --check, 1 where a table is out of step."""
+    """Writes tables and plot and names the targets that are missed; with --check, 1 where a table is out of step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a table is out of step")
     check = parser.parse_args(argv).check
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             if not check:
                 path.write_text(new)
     if not check:
+        for results, where in readme_comparison():
+            plot(ROOT / PLOT, results, where)
         print("\n".join(missed()) or "every target is reached")
     if stale:
         print(f"{'out of step with benchmarks/results' if check else 'written'}: {', '.join(stale)}")
@@ -83,14 +87,18 @@ def comparisons() -> list[tuple[list[Result], dict[str, str]]]:
     return sorted(read, key=lambda file: (file[1]["dtype"] != "float32", int(file[1]["threads"])))
 
 
+def readme_comparison() -> list[tuple[list[Result], dict[str, str]]]:
+    """What README shows, if it is there: float32, on the most threads."""
+    return [file for file in comparisons() if file[1]["dtype"] == "float32"][-1:]
+
+
 def readme_tables() -> dict[str, str]:
     """A row for each network and layer at B=64 (else at its only B), and every row that loses."""
     gpu = RESULTS / "gpu.csv"
     tables = {"GPU table": gpu_table(*read_csv(gpu)) if gpu.exists() else ""}
-    files = [file for file in comparisons() if file[1]["dtype"] == "float32"]
-    if not files:
+    if not readme_comparison():
         return {"speed table": "", **tables}
-    results, where = files[-1]
+    [(results, where)] = readme_comparison()
     at_64 = {result.case for result in results if result.batch == 64}
     shown = [r for r in results if r.batch == 64 or r.case not in at_64 or r.speedup() < 1]
     header = [
@@ -111,7 +119,7 @@ def readme_tables() -> dict[str, str]:
         "first, then timed side by side. [All rows, and what bounds them](docs/performance.md)."
     )
     parts = [
-        "![Speed-up over dense PyTorch](docs/speed.png)", markdown(header, rows), wrapped(caption(where)),
+        f"![Speed-up over dense PyTorch]({PLOT})", markdown(header, rows), wrapped(caption(where)),
         wrapped(notes), wrapped(slower_in_short()),
     ]  # fmt: skip
     return {"speed table": "\n\n".join(filter(None, parts)), **tables}
