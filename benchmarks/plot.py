@@ -17,7 +17,7 @@ TICK = {"color": INK, "markersize": 9, "markeredgewidth": 1.6}
 
 
 def plot(path: Path, results: list[Result], where: dict[str, str]) -> None:
-    """Draws the results; the ending of the name (.png, .svg) decides the format."""
+    """Draws the results; the ending of the name (.png, .svg) decides the format. The file says what it was drawn from."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +34,8 @@ def plot(path: Path, results: list[Result], where: dict[str, str]) -> None:
     axes.set_xlabel(caption(where), fontsize=7.5, labelpad=8)
     _legend(axes, results, height)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+    metadata = {"Description": caption(where), **({"Date": None} if path.suffix == ".svg" else {})}
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
     pyplot.close(figure)
 
 

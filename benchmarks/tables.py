@@ -48,9 +48,11 @@ for case in ("linear 1600->1000 d=0.4, dense input", "conv 64->64 5x5 on 14x14, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes tables and plot and names the targets that are missed; with --check, 1 where a table is out of step."""
+    """Writes tables and plot and names the targets that are missed; with --check, 1 where one is out of step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, fail where a table is out of step")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, fail where a table or the plot is out of step"
+    )
     check = parser.parse_args(argv).check
     stale = []
     for document, tables in {"README.md": readme_tables(), "docs/performance.md": performance_tables()}.items():
@@ -61,13 +63,21 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(document)
             if not check:
                 path.write_text(new)
-    if not check:
-        for results, where in readme_comparison():
+    for results, where in readme_comparison():
+        if caption(where).encode() not in _bytes(ROOT / PLOT):
+            stale.append(PLOT)
+        if not check:
             plot(ROOT / PLOT, results, where)
+    if not check:
         print("\n".join(missed()) or "every target is reached")
     if stale:
         print(f"{'out of step with benchmarks/results' if check else 'written'}: {', '.join(stale)}")
     return 1 if check and stale else 0
+
+
+def _bytes(path: Path) -> bytes:
+    """The file's, if there is one: a plot's hold the caption that it was drawn with."""
+    return path.read_bytes() if path.exists() else b""
 
 
 def filled(text: str, tables: dict[str, str]) -> str:

@@ -252,8 +252,8 @@ int main(int argc, char** argv) {
   int cases = 0;
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
     for (const int64_t B : {0, 1, 3, 70})
-      for (const auto& [I, O] : {std::pair<int64_t, int64_t>{1, 1}, {17, 15}, {33, 64}, {100, 129}, {150, 31}})
-        for (const int64_t G : {1, 3, 16, 32})
+      for (const auto& [I, O] : {std::pair<int64_t, int64_t>{1, 1}, {17, 15}, {33, 64}, {100, 129}, {150, 31}, {9, 1300}})
+        for (const int64_t G : {1, 3, 16, 32, 48, 128})
           for (const double density : {0.0, 0.2, 1.0})
             for (const bool bits : {false, true}) {
               if (bits && G != 1) continue;
