@@ -159,8 +159,10 @@ template <class T> struct BitTiles {
     const int64_t words = bit_words(w);
     const uint64_t* word = w.bits + input * words + first_word + c;
     A* to = tile;
-    for (int64_t r = 0; r < rows; r++, word += words, to += kPanel)
+    for (int64_t r = 0; r < rows; r++, word += words, to += kPanel) {
       at[r] = expand_word(*word, at[r], [&](int v, vec<A> x) { store(to + v * kLanes, x); });
+      __builtin_prefetch(at[r] + kLanes), __builtin_prefetch(at[r] + 2 * kLanes), __builtin_prefetch(word + 8);
+    }
     return tile;
   }
 };
@@ -254,6 +256,7 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
           vec<A> whole[4];
           std::memcpy(whole, sum, sizeof whole);
           next[k] = int32_t(pack_word(w.bits[(i + k) * words + c], whole, grad, next[k], w.ccol[i + k + 1]));
+          __builtin_prefetch(grad + next[k] + kLanes, 1), __builtin_prefetch(grad + next[k] + 2 * kLanes, 1);
           continue;
         }
         A lanes[kPanel];
