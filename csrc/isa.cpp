@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace sparsekern {
 namespace {
 
@@ -28,6 +32,23 @@ bool isa_supported(Isa isa) {
   if (isa == Isa::avx2) return avx2;
 #endif
   return isa == Isa::baseline;
+}
+
+const Processor& processor() {
+  static const Processor found = [] {
+    Processor p{};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __get_cpuid(1, &a, &b, &c, &d);
+    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
+    p.wide = __builtin_cpu_supports("avx512f") && !(__builtin_cpu_is("amd") && family == 0x19);
+    p.dots = __builtin_cpu_supports("avx512bf16");
+    p.tiles = __builtin_cpu_supports("amx-tile");
+#endif
+    return p;
+  }();
+  return found;
 }
 
 Isa isa() { return current; }

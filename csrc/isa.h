@@ -15,6 +15,14 @@ Isa set_isa(const char* capability);
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);
 
+// What decides how fast PyTorch's dense products are, whatever instruction set is in use.
+struct Processor {
+  bool wide;   // it multiplies 512 bits at a time, twice in a cycle: what has AVX-512 does, but for AMD's Zen 4
+  bool dots;   // bfloat16 dot products (AVX512-BF16)
+  bool tiles;  // tiles of bfloat16 (AMX)
+};
+const Processor& processor();
+
 // A 64-byte aligned buffer of at least `bytes` that belongs to the calling thread and to `slot`; kept between calls, its
 // contents undefined. Kernels must not use std containers: an inline function of the standard library, compiled for
 // AVX-512, could be the copy that the linker keeps for all.

@@ -48,17 +48,16 @@ bool sparse_possible(const Conv2d& conv) {
          conv.SW <= kMaxKernelWidth;
 }
 
-// How long the dense convolution takes for a product, against float32: oneDNN on Zen 4, which has bfloat16 dot products
-// (1 x 1 kernels, plain matrix products, gain most: 256->64 on 14 x 14 takes 0.2 at B = 4 to 64) and no float16 arithmetic
-// (there its forward takes 10x the time of float32).
+// How long the dense convolution takes for a product, against float32 on Zen 4, where all was measured: oneDNN there has
+// bfloat16 dot products (1 x 1 kernels, plain matrix products, gain most: 256->64 on 14 x 14 takes 0.2 at B = 4 to 64) and no
+// float16 arithmetic (its forward takes 10x the time of float32). Zen 5, which multiplies twice as fast, takes 0.54 of the
+// time densely and 0.75 sparsely (64->64 5x5, forward and backward), which counts as 0.72.
 double dense_product(const Conv2d& conv) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool tiles = __builtin_cpu_supports("amx-tile"), dots = __builtin_cpu_supports("avx512bf16");
-  if (conv.dtype == DType::bf16) return tiles ? 0.12 : !dots ? 1.0 : conv.KH * conv.KW == 1 ? 0.2 : 0.4;
+  const double wide = processor().wide ? 0.72 : 1;
+  const bool tiles = processor().tiles;
+  if (conv.dtype == DType::bf16) return tiles ? 0.12 : wide * (!processor().dots ? 1.0 : conv.KH * conv.KW == 1 ? 0.2 : 0.4);
   if (conv.dtype == DType::f16 && tiles) return 0.12; // the newest of these have float16 tiles, the others the arithmetic
-#endif
-  return 1.0;
+  return wide;
 }
 
 // Whether the kernels are faster than the dense convolution where a fraction of what they walk over is active: the time

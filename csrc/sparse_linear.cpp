@@ -247,10 +247,11 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
     });
     return y;
   }
-  if (way == Way::panels) {
+  if (way == Way::panels || way == Way::tiles) {
     for_blocks(B, out_features, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().forward_panels(dtype, w, x.const_data_ptr(), weight.const_data_ptr(),
-                               bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), begin, end, first, last);
+                               bias ? bias->const_data_ptr() : nullptr, way == Way::tiles, y.mutable_data_ptr(), begin, end,
+                               first, last);
     });
     return y;
   }
@@ -274,10 +275,10 @@ Tensor grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x,
     });
     return grad_x;
   }
-  if (way == Way::panels) {
+  if (way == Way::panels || way == Way::tiles) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_panels(work.dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                                  grad_x.mutable_data_ptr(), work.at_nonzeros, begin, end, first, last);
+                                  grad_x.mutable_data_ptr(), work.at_nonzeros, way == Way::tiles, begin, end, first, last);
     });
     return grad_x;
   }
@@ -293,7 +294,19 @@ void grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, 
   if (way == Way::dense) return dense_grad_weight(work, grad_y, x, grad);
   const LinearSupport& w = work.support;
   const int64_t B = work.B, I = w.inputs;
-  if (way == Way::panels) {
+  if (way == Way::pairs) {
+    const int64_t outputs = (w.outputs + w.group - 1) / w.group * w.group;
+    const int64_t panels = (outputs + kLinearPanel - 1) / kLinearPanel;
+    void* tiles = scratch(7, size_t(panels * ((B + 1) / 2) * kLinearPanel) * 4);
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      kernels().pair_rows(grad_y.const_data_ptr(), B, w.outputs, tiles, begin, end);
+    });
+    parallel_stretches(I, 96, [&](int64_t begin, int64_t end) {
+      kernels().grad_weight_pairs(w, tiles, x.const_data_ptr(), grad.mutable_data_ptr(), B, begin, end);
+    });
+    return;
+  }
+  if (way == Way::panels || way == Way::tiles) {
     int64_t bytes;
     const int64_t tiles = kernels().tiles(work.dtype, B, w.outputs, &bytes);
     void* memory = scratch(7, size_t(bytes));
@@ -301,7 +314,8 @@ void grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, 
       kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), B, w.outputs, memory, begin, end);
     });
     parallel_stretches(I, 64, [&](int64_t begin, int64_t end) {
-      kernels().grad_weight_panels(work.dtype, w, memory, x.const_data_ptr(), grad.mutable_data_ptr(), B, begin, end);
+      kernels().grad_weight_panels(work.dtype, w, memory, x.const_data_ptr(), way == Way::tiles, grad.mutable_data_ptr(), B,
+                                   begin, end);
     });
     return;
   }
@@ -336,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
     return grad_input(work, grad_y, x, weight);
   };
   const auto of_weight = [&] {
-    LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false, false};
+    LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false, has_pairs(dtype)};
     work.rows_active = work.panels_active = in_x;
     Tensor grad = empty(x.scalar_type(), {weight.size(0), weight.size(1)});
     grad_weight(work, grad_y, x, grad);

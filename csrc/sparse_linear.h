@@ -38,8 +38,9 @@ struct SparseLinearKernels {
   void (*grad_weight)(DType, const LinearSupport&, const void* grad_y, const void* x, void* grad_weight, int64_t B,
                       int64_t begin, int64_t end);
   // The same by panels of weights, dense in the first-level cache, for a part of the rows and columns: outputs, or
-  // inputs, [first, last), where first is a multiple of kLinearPanel. Zeros may be multiplied.
-  void (*forward_panels)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
+  // inputs, [first, last), where first is a multiple of kLinearPanel. Zeros may be multiplied; if `all`, those of x (of
+  // grad_y for its gradient) are as well, by sums in registers, which is faster where few are zero.
+  void (*forward_panels)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, bool all, void* y,
                          int64_t begin, int64_t end, int64_t first, int64_t last);
   // Weights [begin, end) in the order of a plan, in the accumulator type; by all of them rows [begin, end) and outputs
   // [first, last) of y, where first is a multiple of kPlanOutputs.
@@ -47,19 +48,25 @@ struct SparseLinearKernels {
   void (*forward_lanes)(DType, const LinearPlan&, const void* x, const void* ordered, const void* bias, void* y,
                         int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*grad_input_panels)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight,
-                            void* grad_x, bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last);
+                            void* grad_x, bool at_nonzeros, bool all, int64_t begin, int64_t end, int64_t first,
+                            int64_t last);
   // The same of bfloat16 by instructions that multiply pairs, where pairs() says that the processor has them.
   bool (*pairs)();
   void (*forward_pairs)(const LinearSupport&, const void* x, const void* weight, const void* bias, void* y, int64_t begin,
                         int64_t end, int64_t first, int64_t last);
   void (*grad_input_pairs)(const LinearSupport&, const void* grad_y, const void* x, const void* weight, void* grad_x,
                            bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last);
+  // grad_y (B, O) as panels [begin, end) of `tiles` (panels, ceil(B / 2), kLinearPanel) of pairs of samples; from all of
+  // them, which reach over every group of outputs, the stored weights of inputs [begin, end) of grad_weight.
+  void (*pair_rows)(const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
+  void (*grad_weight_pairs)(const LinearSupport&, const void* tiles, const void* x, void* grad_weight, int64_t B,
+                            int64_t begin, int64_t end);
   // grad_y (B, O) as tiles [begin, end) of kLinearPanel columns, in the accumulator type; how many there are and their
   // bytes, which depend on B and O alone.
   int64_t (*tiles)(DType, int64_t B, int64_t O, int64_t* bytes);
   void (*tile_rows)(DType, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
-  void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, void* grad_weight, int64_t B,
-                             int64_t begin, int64_t end);
+  void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, bool all, void* grad_weight,
+                             int64_t B, int64_t begin, int64_t end); // all: of G = 1 and multiples of 16
   // Non-zeros among n < 2^31 elements.
   int64_t (*count)(DType, const void* x, int64_t n);
   // Lays the weights of inputs [begin, end) and outputs [first, last) out as a dense matrix (end - begin, last - first),

@@ -199,10 +199,10 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
                    [&]<class T>() { grad_weight<T>(w, (const T*)grad_y, (const T*)x, (T*)grad, B, begin, end); });
         },
     .forward_panels =
-        [](DType dtype, const LinearSupport& w, const void* x, const void* weight, const void* bias, void* y,
+        [](DType dtype, const LinearSupport& w, const void* x, const void* weight, const void* bias, bool all, void* y,
            int64_t begin, int64_t end, int64_t first, int64_t last) {
           dispatch(dtype, [&]<class T>() {
-            forward_panels<T>(w, (const T*)x, (const T*)weight, (const T*)bias, (T*)y, begin, end, first, last);
+            forward_panels<T>(w, (const T*)x, (const T*)weight, (const T*)bias, all, (T*)y, begin, end, first, last);
           });
         },
     .order_weights =
@@ -221,13 +221,13 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
         },
     .grad_input_panels =
         [](DType dtype, const LinearSupport& w, const void* grad_y, const void* x, const void* weight, void* grad_x,
-           bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+           bool at_nonzeros, bool all, int64_t begin, int64_t end, int64_t first, int64_t last) {
           dispatch(dtype, [&]<class T>() {
             const T *gy = (const T*)grad_y, *at = (const T*)x, *weights = (const T*)weight;
             T* to = (T*)grad_x;
-            switch (grad_input_way(w, gy, at, at_nonzeros, begin, end)) {
+            switch (all ? GradInput::panels : grad_input_way(w, gy, at, at_nonzeros, begin, end)) {
               case GradInput::panels:
-                return grad_input_panels(w, gy, at, weights, to, at_nonzeros, begin, end, first, last);
+                return grad_input_panels(w, gy, at, weights, to, at_nonzeros, all, begin, end, first, last);
               case GradInput::dots: return grad_input_dots(w, gy, at, weights, to, begin, end, first, last);
               case GradInput::lanes:
                 return grad_input_lanes(w, gy, at, weights, to, at_nonzeros, begin, end, first, last);
@@ -246,6 +246,14 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
           grad_input_pairs(w, (const bf16*)grad_y, (const bf16*)x, (const bf16*)weight, (bf16*)grad_x, at_nonzeros, begin, end,
                            first, last);
         },
+    .pair_rows =
+        [](const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end) {
+          pair_rows((const bf16*)grad_y, B, O, (uint32_t*)tiles, begin, end);
+        },
+    .grad_weight_pairs =
+        [](const LinearSupport& w, const void* tiles, const void* x, void* grad, int64_t B, int64_t begin, int64_t end) {
+          grad_weight_pairs(w, (const uint32_t*)tiles, (const bf16*)x, (bf16*)grad, B, begin, end);
+        },
     .tiles =
         [](DType dtype, int64_t B, int64_t O, int64_t* bytes) {
           int64_t count = 0;
@@ -261,10 +269,10 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
           dispatch(dtype, [&]<class T>() { tile_rows<T>((const T*)grad_y, B, O, (acc_t<T>*)tiles, begin, end); });
         },
     .grad_weight_panels =
-        [](DType dtype, const LinearSupport& w, const void* tiles, const void* x, void* grad, int64_t B, int64_t begin,
-           int64_t end) {
+        [](DType dtype, const LinearSupport& w, const void* tiles, const void* x, bool all, void* grad, int64_t B,
+           int64_t begin, int64_t end) {
           dispatch(dtype, [&]<class T>() {
-            grad_weight_panels<T>(w, (const acc_t<T>*)tiles, (const T*)x, (T*)grad, B, begin, end);
+            grad_weight_panels<T>(w, (const acc_t<T>*)tiles, (const T*)x, all, (T*)grad, B, begin, end);
           });
         },
     .count =

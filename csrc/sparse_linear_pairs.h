@@ -40,6 +40,26 @@ class WeightWords {
     else if (has_bits(w_)) get_by_bits(s, i, word, low, high);
     else get_blocks(s, i, word, low, high);
   }
+  // The way back: those of lanes 0 to 31 and 32 to 63 that exist, to grad as the weights are stored.
+  SPARSEKERN_PAIRS_INLINE void put(int64_t s, int64_t i, int64_t word, __m512i low, __m512i high, bf16* grad) {
+    if (full_) return put_all(i, word, low, high, grad);
+    const int64_t last = int64_t(w_.ccol[i + 1]) * w_.group;
+    bf16* at = grad + int64_t(w_.ccol[i]) * w_.group + next_[s];
+    if (has_bits(w_)) {
+      const uint64_t mask = w_.bits[i * bit_words(w_) + word];
+      const int64_t count = __builtin_popcountll(mask << 32), both = __builtin_popcountll(mask);
+      put_first(count, _mm512_maskz_compress_epi16(__mmask32(mask), low), at, grad + last);
+      put_first(both - count, _mm512_maskz_compress_epi16(__mmask32(mask >> 32), high), at + count, grad + last);
+      next_[s] += both;
+    } else {
+      const uint32_t four = sixteens(s, word);
+      const int64_t count = kCounts[four & 3], both = count + kCounts[four >> 2];
+      put_first(count, _mm512_maskz_compress_epi64(kQuarters[four & 3], low), at, grad + last);
+      put_first(both - count, _mm512_maskz_compress_epi64(kQuarters[four >> 2], high), at + count, grad + last);
+      next_[s] += both;
+    }
+    __builtin_prefetch(at + 64, 1), __builtin_prefetch(at + 96, 1);
+  }
 
  private:
   const LinearSupport& w_;
@@ -94,12 +114,29 @@ class WeightWords {
   }
 
   SPARSEKERN_PAIRS_INLINE void get_blocks(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
-    const uint32_t four = uint32_t(sixteens_[s * words_ + word / 16] >> (word % 16 * 4)) & 15;
+    const uint32_t four = sixteens(s, word);
     const bf16* at = base_ + int64_t(w_.ccol[i]) * w_.group + next_[s];
     __builtin_prefetch(at + 64), __builtin_prefetch(at + 96);
     low = get_two(four & 3, at);
     high = get_two(four >> 2, at + kCounts[four & 3]);
     next_[s] += kCounts[four & 3] + kCounts[four >> 2];
+  }
+
+  // Which of a word's four sixteens a slot's input has.
+  SPARSEKERN_PAIRS_INLINE uint32_t sixteens(int64_t s, int64_t word) const {
+    return uint32_t(sixteens_[s * words_ + word / 16] >> (word % 16 * 4)) & 15;
+  }
+  // The first `count` lanes: all are written where that stays below `end`, over what comes next.
+  static SPARSEKERN_PAIRS_INLINE void put_first(int64_t count, __m512i v, bf16* at, const bf16* end) {
+    if (at + 2 * kLanes <= end) _mm512_storeu_si512(at, v);
+    else _mm512_mask_storeu_epi16(at, __mmask32((uint64_t(1) << count) - 1), v);
+  }
+  SPARSEKERN_PAIRS_INLINE void put_all(int64_t i, int64_t word, __m512i low, __m512i high, bf16* grad) const {
+    const int64_t stored = groups_ * w_.group, left = stored - word * 64;
+    const __mmask64 mask = left >= 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+    bf16* at = grad + i * stored + word * 64;
+    _mm512_mask_storeu_epi16(at, __mmask32(mask), low);
+    _mm512_mask_storeu_epi16(at + 32, __mmask32(mask >> 32), high);
   }
 
   // Of two sixteens those that exist.
@@ -169,21 +206,23 @@ struct OutputPairs {
   }
 };
 
-// sums (kRows, kPanel) += x (kRows, kPairs) times a tile's first `pairs` pairs.
-template <int kRows>
-SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t pairs, float* sums) {
+// sums (kRows, kPanel) (zeros if `fresh`) += x (kRows, pairs) times a tile's first `pairs` pairs. Pair p of row r lies at
+// x[r * kRowStep + p * kPairStep].
+template <int64_t kRowStep, int64_t kPairStep, int kRows>
+SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t pairs, bool fresh, float* sums) {
   __m512 sum[kRows][4];
+  const __mmask16 old = fresh ? 0 : 0xffff;
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) sum[r][v] = _mm512_load_ps(sums + r * kPanel + v * kLanes);
-  for (int64_t p = 0; p < pairs; p++, tile += kPanel) {
+    for (int v = 0; v < 4; v++) sum[r][v] = _mm512_maskz_load_ps(old, sums + r * kPanel + v * kLanes);
+  for (int64_t p = 0; p < pairs; p++, tile += kPanel, x += kPairStep) {
     __m512i w[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) w[v] = _mm512_load_si512(tile + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; r++) {
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(x[r * kPairs + p]));
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(x[r * kRowStep]));
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, (__m512bh)w[v]);
     }
@@ -194,14 +233,15 @@ SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t
     for (int v = 0; v < 4; v++) _mm512_store_ps(sums + r * kPanel + v * kLanes, sum[r][v]);
 }
 
-inline void add_pairs(int64_t rows, const uint32_t* x, const uint32_t* tile, int64_t pairs, float* sums) {
+template <int64_t kRowStep, int64_t kPairStep>
+void add_pairs(int64_t rows, const uint32_t* x, const uint32_t* tile, int64_t pairs, bool fresh, float* sums) {
   switch (rows) {
-    case 1: return add_pairs<1>(x, tile, pairs, sums);
-    case 2: return add_pairs<2>(x, tile, pairs, sums);
-    case 3: return add_pairs<3>(x, tile, pairs, sums);
-    case 4: return add_pairs<4>(x, tile, pairs, sums);
-    case 5: return add_pairs<5>(x, tile, pairs, sums);
-    default: return add_pairs<6>(x, tile, pairs, sums);
+    case 1: return add_pairs<kRowStep, kPairStep, 1>(x, tile, pairs, fresh, sums);
+    case 2: return add_pairs<kRowStep, kPairStep, 2>(x, tile, pairs, fresh, sums);
+    case 3: return add_pairs<kRowStep, kPairStep, 3>(x, tile, pairs, fresh, sums);
+    case 4: return add_pairs<kRowStep, kPairStep, 4>(x, tile, pairs, fresh, sums);
+    case 5: return add_pairs<kRowStep, kPairStep, 5>(x, tile, pairs, fresh, sums);
+    default: return add_pairs<kRowStep, kPairStep, 6>(x, tile, pairs, fresh, sums);
   }
 }
 
@@ -209,9 +249,7 @@ inline void add_pairs(int64_t rows, const uint32_t* x, const uint32_t* tile, int
 // at a time.
 template <class Tiles>
 const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t columns, Tiles& tiles) {
-  const size_t size = size_t(rows * round_up(columns, kPanel)) * sizeof(float);
-  float* sums = (float*)scratch(kSums, size);
-  std::memset((void*)sums, 0, size);
+  float* sums = (float*)scratch(kSums, size_t(rows * round_up(columns, kPanel)) * sizeof(float));
   uint32_t* tile = (uint32_t*)scratch(kTiles, size_t(kPairs * kPanel) * 4);
   uint32_t* part = (uint32_t*)scratch(kLists, size_t(rows * kPairs) * 4); // of x, with whole pairs
   for (int64_t first = 0; first < K; first += kDepth) {
@@ -225,7 +263,7 @@ const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t colu
       tiles.fill(c, tile);
       float* sum = sums + c * rows * kPanel;
       for (int64_t s = 0; s < rows; s += kPairRows)
-        add_pairs(min(kPairRows, rows - s), part + s * kPairs, tile, pairs, sum + s * kPanel);
+        add_pairs<kPairs, 1>(min(kPairRows, rows - s), part + s * kPairs, tile, pairs, first == 0, sum + s * kPanel);
     }
   }
   return sums;
@@ -261,12 +299,65 @@ inline void grad_input_pairs(const LinearSupport& w, const bf16* grad_y, const b
     return load_first(where + s * w.inputs + c, columns - c) != 0 ? sum : vec<float>{};
   });
 }
+
+// Sixteen columns, or the first `columns` of them, of rows 2p and 2p + 1 of a (B, n) matrix as pairs; zeros beyond.
+SPARSEKERN_INLINE __m512i load_pairs(const bf16* x, int64_t n, int64_t B, int64_t p, int64_t columns) {
+  const __mmask16 mask = columns >= kLanes ? 0xffff : columns <= 0 ? 0 : __mmask16((1u << columns) - 1);
+  const bf16* at = x + 2 * p * n;
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(2 * p + 1 < B ? mask : __mmask16(0), at + n));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Pairs of samples: tiles (panels, ceil(B / 2), kPanel) of grad_y (B, O), zeros beyond. Panels [begin, end).
+inline void pair_rows(const bf16* grad_y, int64_t B, int64_t O, uint32_t* tiles, int64_t begin, int64_t end) {
+  const int64_t pairs = (B + 1) / 2;
+  uint32_t* to = tiles + begin * pairs * kPanel;
+  for (int64_t c = begin; c < end; c++)
+    for (int64_t p = 0; p < pairs; p++, to += kPanel)
+      for (int64_t v = 0, o = c * kPanel; v < kPanel; v += kLanes, o += kLanes)
+        _mm512_store_si512(to + v, load_pairs(grad_y + o, O, B, p, O - o));
+}
+
+SPARSEKERN_PAIRS_INLINE __m512i narrowed(const float* sums) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + kLanes), _mm512_load_ps(sums));
+}
+
+// The stored weights of inputs [begin, end) of grad_y^T x, from the tiles of grad_y.
+inline SPARSEKERN_PAIRS void grad_weight_pairs(const LinearSupport& w, const uint32_t* tiles, const bf16* x, bf16* grad,
+                                               int64_t B, int64_t begin, int64_t end) {
+  constexpr int64_t kInputs = 8 * kPairRows;
+  const int64_t pairs = (B + 1) / 2, outputs = (w.outputs + w.group - 1) / w.group * w.group;
+  uint32_t* part = (uint32_t*)scratch(kLists, size_t(pairs * kInputs) * 4);
+  float* sums = (float*)scratch(kSums, size_t(kInputs * kPanel) * sizeof(float));
+  WeightWords words(w, grad, kInputs, outputs);
+  for (int64_t i = begin; i < end; i += kInputs) {
+    const int64_t inputs = min(kInputs, end - i);
+    for (int64_t p = 0; p < pairs; p++)
+      for (int64_t k = 0; k < kInputs; k += kLanes)
+        _mm512_store_si512(part + p * kInputs + k, load_pairs(x + i + k, w.inputs, B, p, inputs - k));
+    for (int64_t k = 0; k < inputs; k++) words.start(k, i + k, 0);
+    for (int64_t c = 0; c * kPanel < outputs; c++) {
+      for (int64_t p = 0; p < pairs; p += kPairs)
+        for (int64_t k = 0; k < inputs; k += kPairRows)
+          add_pairs<1, kInputs>(min(kPairRows, inputs - k), part + p * kInputs + k, tiles + (c * pairs + p) * kPanel,
+                                min(kPairs, pairs - p), p == 0, sums + k * kPanel);
+      clear_beyond(w.outputs - c * kPanel, inputs, sums); // infinite times zero
+      for (int64_t k = 0; k < inputs; k++) {
+        const float* sum = sums + k * kPanel;
+        words.put(k, i + k, c, narrowed(sum), narrowed(sum + 2 * kLanes), grad);
+      }
+    }
+  }
+}
 #else
 inline bool has_pairs() { return false; }
 inline void forward_pairs(const LinearSupport&, const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t,
                           int64_t) {}
 inline void grad_input_pairs(const LinearSupport&, const bf16*, const bf16*, const bf16*, bf16*, bool, int64_t, int64_t,
                              int64_t, int64_t) {}
+inline void pair_rows(const bf16*, int64_t, int64_t, uint32_t*, int64_t, int64_t) {}
+inline void grad_weight_pairs(const LinearSupport&, const uint32_t*, const bf16*, bf16*, int64_t, int64_t, int64_t) {}
 #endif
 
 } // namespace

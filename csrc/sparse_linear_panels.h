@@ -4,6 +4,7 @@
 #include "sparse_linear.h"
 #include "sparse_linear_bits.h"
 #include "sparse_linear_rows.h"
+#include "sparse_linear_tile.h"
 
 namespace sparsekern {
 namespace {
@@ -77,20 +78,33 @@ SPARSEKERN_INLINE int64_t first_block(const LinearSupport& w, int64_t i, int64_t
   return low;
 }
 
-// y (rows, columns) += x M for sparse rows x (rows, K; stride K) and a dense matrix M (K, columns), of which `tiles` lays
+// out (rows, count; out_stride) = x (rows, count; stride), and some more elements of each row.
+template <class T>
+void load_rows(const T* x, int64_t stride, int64_t rows, int64_t count, acc_t<T>* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < count; c += kLanes) store(out + r * out_stride + c, load_first(x + r * stride + c, count - c));
+}
+
+// y (rows, columns) += x M for rows x (rows, K; stride K) and a dense matrix M (K, columns), of which `tiles` lays
 // out `count` rows at a time: begin(first, count) prepares them, panel(c) gives the tile (kTileRows, kPanel) of panel c.
-// The sums (panels, rows, kPanel) hold y.
+// The sums (panels, rows, kPanel) hold y. If `all`, zeros of x are multiplied too.
 template <class T, class Tiles>
-void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, acc_t<T>* sums, Tiles tiles) {
+void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, bool all, acc_t<T>* sums, Tiles tiles) {
   using A = acc_t<T>;
-  const RowLists<A> lists = allocate_lists<A>(kLists, rows, kTileRows<A>);
-  for (int64_t first = 0; first < K; first += kTileRows<A>) {
-    const int64_t count = K - first < kTileRows<A> ? K - first : kTileRows<A>;
+  constexpr int64_t kDepth = kTileRows<A>;
+  const RowLists<A> lists = all ? RowLists<A>{} : allocate_lists<A>(kLists, rows, kDepth);
+  A* part = all ? (A*)scratch(kLists, size_t(rows * kDepth) * sizeof(A)) : nullptr;
+  for (int64_t first = 0; first < K; first += kDepth) {
+    const int64_t count = min(kDepth, K - first);
     tiles.begin(first, count);
-    fill_lists(x + first, K, rows, count, int32_t(kPanel), lists);
+    if (all) load_rows(x + first, K, rows, count, part, kDepth);
+    else fill_lists(x + first, K, rows, count, int32_t(kPanel), lists);
     A* sum = sums;
-    for (int64_t c = 0; c * kPanel < columns; c++, sum += rows * kPanel)
-      add_panel(lists, rows, min(columns - c * kPanel, kPanel), tiles.panel(c), sum, kPanel);
+    for (int64_t c = 0; c * kPanel < columns; c++, sum += rows * kPanel) {
+      const int64_t width = min(columns - c * kPanel, kPanel);
+      if (all) add_tile<kDepth, 1>(part, rows, count, tiles.panel(c), width, sum);
+      else add_panel(lists, rows, width, tiles.panel(c), sum, kPanel);
+    }
   }
 }
 
@@ -176,7 +190,7 @@ void store_sums(T* y, int64_t stride, int64_t rows, int64_t columns, Get get) {
 
 // Outputs [first, last) of x W^T + bias for rows [begin, end).
 template <class T>
-void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
+void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T* bias, bool all, T* y, int64_t begin,
                     int64_t end, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const int64_t rows = end - begin, columns = last - first, K = w.inputs;
@@ -187,8 +201,8 @@ void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T
     A* sum = sums + c / kPanel * (rows * kPanel) + c % kPanel;
     for (int64_t s = 0; s < rows; s++) store(sum + s * kPanel, start);
   }
-  if (has_bits(w)) multiply_rows(x + begin * K, K, rows, columns, sums, BitTiles<T>(w, weight, first));
-  else multiply_rows(x + begin * K, K, rows, columns, sums, WeightTiles<T>(w, weight, first, last));
+  if (has_bits(w)) multiply_rows(x + begin * K, K, rows, columns, all, sums, BitTiles<T>(w, weight, first));
+  else multiply_rows(x + begin * K, K, rows, columns, all, sums, WeightTiles<T>(w, weight, first, last));
   store_sums(y + begin * w.outputs + first, w.outputs, rows, columns, [&](int64_t s, int64_t c) {
     return load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
   });
@@ -270,11 +284,63 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
   }
 }
 
+// sums (rows, kPanel) from a column on are zeros, as what is stored beyond the last output is.
+template <class A> void clear_beyond(int64_t column, int64_t rows, A* sums) {
+  for (int64_t r = 0; column < kPanel && r < rows; r++)
+    for (int64_t c = column < 0 ? 0 : column; c < kPanel; c++) sums[r * kPanel + c] = 0;
+}
+
+// The same for any number of rows and all of x, its zeros too. G = 1 or a multiple of sixteen.
+template <class T>
+void grad_weight_all(const LinearSupport& w, const acc_t<T>* tiles, const T* x, T* grad, int64_t B, int64_t begin,
+                     int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t kInputs = 48;
+  const int64_t I = w.inputs, O = w.outputs, G = w.group, vectors = G / kLanes, size = round_up(O, kPanel) * kTileRows<A>;
+  A* part = (A*)scratch(kLists, size_t(B * kInputs) * sizeof(A));
+  A* sums = (A*)scratch(kSums, size_t(kInputs * kPanel) * sizeof(A));
+  int64_t next[kInputs]; // in sixteens for groups of them
+  for (int64_t i = begin; i < end; i += kInputs) {
+    const int64_t inputs = min(kInputs, end - i);
+    load_rows(x + i, I, B, inputs, part, kInputs);
+    for (int64_t k = 0; k < inputs; k++) next[k] = w.ccol[i + k] * (G == 1 ? 1 : vectors);
+    for (int64_t c = 0; c * kPanel < round_up(O, G); c++) {
+      std::memset((void*)sums, 0, size_t(inputs * kPanel) * sizeof(A));
+      if (c * kPanel < O)
+        for (int64_t s = 0, t = 0; s < B; s += kTileRows<A>, t++)
+          add_tile<1, kInputs>(part + s * kInputs, inputs, min(kTileRows<A>, B - s), tiles + t * size + c * (kTileRows<A> * kPanel),
+                               min(kPanel, O - c * kPanel), sums);
+      clear_beyond(O - c * kPanel, inputs, sums); // infinite times zero
+      for (int64_t k = 0; k < inputs; k++) {
+        const A* sum = sums + k * kPanel;
+        int64_t to = next[k];
+        const int64_t last = w.ccol[i + k + 1] * (G == 1 ? 1 : vectors);
+        if (has_bits(w)) {
+          const vec<A> whole[4] = {load(sum), load(sum + kLanes), load(sum + 2 * kLanes), load(sum + 3 * kLanes)};
+          to = pack_word(w.bits[(i + k) * bit_words(w) + c], whole, grad, to, last);
+          __builtin_prefetch(grad + to + kLanes, 1), __builtin_prefetch(grad + to + 2 * kLanes, 1);
+        } else if (G == 1) {
+          for (; to < last && w.rows[to] < (c + 1) * kPanel; to++) from_acc(sum[w.rows[to] - c * kPanel], grad[to]);
+        } else {
+          for (; to < last; to++) {
+            const int64_t block = vectors == 1 ? to : to / vectors;
+            const int64_t at = w.rows[block] * G + (to - block * vectors) * kLanes - c * kPanel;
+            if (at >= kPanel) break;
+            store(grad + to * kLanes, load(sum + at));
+          }
+        }
+        next[k] = to;
+      }
+    }
+  }
+}
+
 // The blocks of inputs [begin, end) of grad_y^T x from the tiles of grad_y.
 template <class T>
-void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* x, T* grad, int64_t B, int64_t begin,
+void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* x, bool all, T* grad, int64_t B, int64_t begin,
                         int64_t end) {
   using A = acc_t<T>;
+  if (all) return grad_weight_all(w, tiles, x, grad, B, begin, end);
   if (w.group == 1 && B <= kTileRows<A>) return grad_weight_tile(w, tiles, x, grad, B, begin, end);
   constexpr int64_t kRows = 64;
   const int64_t O = w.outputs, G = w.group, stride = round_up(round_up(O, G), kPanel) + kLanes;

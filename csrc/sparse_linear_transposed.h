@@ -144,16 +144,17 @@ template <class T> SPARSEKERN_INLINE bool has_register_tiles(const LinearSupport
   return double(w.ccol[w.inputs]) > kRegisterTiles * weights;
 }
 
-// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros.
+// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros. If `all`, zeros of grad_y are
+// multiplied too.
 template <class T>
 void grad_input_panels(const LinearSupport& w, const T* grad_y, const T* x, const T* weight, T* grad_x,
-                       bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+                       bool at_nonzeros, bool all, int64_t begin, int64_t end, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const int64_t rows = end - begin, columns = last - first, K = w.outputs;
   const size_t size = size_t(rows * round_up(columns, kPanel)) * sizeof(A);
   A* sums = (A*)scratch(kSums, size);
   std::memset((void*)sums, 0, size);
-  const auto multiply = [&](auto tiles) { multiply_rows(grad_y + begin * K, K, rows, columns, sums, tiles); };
+  const auto multiply = [&](auto tiles) { multiply_rows(grad_y + begin * K, K, rows, columns, all, sums, tiles); };
   if (!has_register_tiles<T>(w)) multiply(TransposedTiles<T>(w, weight, first, last));
   else if constexpr (kHasExpand && sizeof(A) == 4) {
     if (w.group == 1) multiply(RegisterTiles<T, BitWeights<T>>(w, weight, first, last));

@@ -1,12 +1,13 @@
 // Which way through a sparse linear layer is fastest: by its non-zeros one row at a time, by panels of its weights for many
-// rows at once, with one sample in each lane, by pairs of bfloat16, or by the dense matrix product.
+// rows at once, by such tiles whatever is zero, with one sample in each lane, by pairs of bfloat16, or by the dense matrix
+// product.
 #pragma once
 #include "sparse_linear.h"
 
 namespace sparsekern {
 
 enum class Pass { forward, grad_input, grad_weight };
-enum class Way { rows, panels, lanes, pairs, dense };
+enum class Way { rows, panels, tiles, lanes, pairs, dense };
 
 // What a pass has to do: B rows, the stored weights, and how much is not zero of the factor whose zeros each way skips.
 struct LinearWork {
@@ -27,6 +28,10 @@ struct LinearWork {
   bool full() const { return double(blocks) == weights(); }
 };
 
+// How long bfloat16 products take by PyTorch and by pairs, against Zen 4: Zen 5 takes half, at any B. Tiles (AMX) serve
+// PyTorch alone; their rate is an estimate.
+inline double bf16_rate(bool dense) { return dense && processor().tiles ? 0.2 : processor().wide ? 0.5 : 1; }
+
 inline bool two_bytes(const LinearWork& work) { return work.dtype == DType::bf16 || work.dtype == DType::f16; }
 
 // Costs in cycles for every vector of sixteen outputs of one input, so that I and O cancel out. Measured on one Zen 4 core at
@@ -39,8 +44,9 @@ inline double dense_cost(const LinearWork& work) {
   const bool forward = work.pass == Pass::forward, weights = work.pass == Pass::grad_weight;
   const bool bf16 = work.dtype == DType::bf16;
   // A matrix times a vector waits for memory; PyTorch multiplies bfloat16 by instructions of its own.
-  double cost = bf16 && weights ? 3 + 0.66 * B
-                : bf16          ? 5 + (forward && B > 128 ? 8 + 0.59 * B : (forward ? 0.65 : 0.61) * B)
+  const double rows = bf16 ? bf16_rate(true) * B : B; // as long as so many
+  double cost = bf16 && weights ? 3 + 0.66 * rows
+                : bf16          ? 5 + (forward && B > 128 ? 8 + 0.59 * rows : (forward ? 0.65 : 0.61) * rows)
                 : B < 4         ? 0.5 + 4.5 * B
                 : weights       ? (B < 16 ? 13 : 7) + 1.28 * B
                                 : 8 + 1.33 * B;
@@ -67,6 +73,9 @@ inline double rows_cost(const LinearWork& work) {
   return 37 * d * products;
 }
 
+// A product of a panel in place of the 1.5 of Zen 4 (1600 x 1000, 4096 x 1024 and 784 x 128, B = 16 to 256).
+inline double panel_rate() { return isa() == Isa::avx512 && processor().wide ? 0.7 : 1; }
+
 inline bool has_panels(const LinearWork& work) {
   return work.B > 1 && (work.support.group % 16 != 0 || (work.support.group == 16 && work.pass != Pass::grad_weight));
 }
@@ -84,7 +93,7 @@ inline double grad_input_panels_cost(const LinearWork& work) {
   const int64_t O = work.support.outputs;
   const double widened = work.support.group != 1 && two_bytes(work) ? 1.6 : 1; // one by one
   const double panels =
-      has_register_tiles(work) ? 8.5 + 0.1 * B + 1.5 * products : (3 + 70 * d) * widened + 1.85 * products;
+      has_register_tiles(work) ? 8.5 + 0.1 * B + 1.5 * panel_rate() * products : (3 + 70 * d) * widened + 1.85 * products;
   if (work.support.group != 1) return panels;
   const double lane = 1.5 + 100 / double(O + 1), vectors = double((O + 15) / 16); // short rows cost more
   const double lanes = 3 + 35 * d + (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
@@ -99,14 +108,30 @@ inline double panels_cost(const LinearWork& work) {
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
   const double panels_products = double(work.B) * work.panels_active;
-  if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * panels_products; // 0.08: a row's list
-  if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * panels_products;
+  const double rate = panel_rate();
+  if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * rate * panels_products; // 0.08: a row's list
+  if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * rate * panels_products;
   if (work.support.group == 16 && work.pass == Pass::forward) { // 3 us a call, which 64 x 64 must not take
     const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
-    return 6 + 8 * d + 12000 / vectors + 0.08 * double(work.B) + 1.5 * panels_products;
+    return 6 + 8 * d + 12000 / vectors + 0.08 * double(work.B) + 1.5 * rate * panels_products;
   }
   const double once = work.pass == Pass::grad_weight ? 3 + 38 * d : 5 + 40 * d;
   return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * panels_products; // two bytes are widened one by one
+}
+
+// By tiles whatever is zero: laid out as for panels, and sums in registers. Measured on Zen 5 at 1600 x 1000, 1600 x 1500,
+// 4096 x 1024 and 784 x 128 (G = 1 and 16, densities 0.1 to 0.4), B = 4 to 256, where PyTorch takes 1.35 for what these take
+// 0.61; that it is 1.2 on Zen 4, and PyTorch's there 1.33, follows from the pairs of both. By AVX2 they are as fast as PyTorch.
+inline bool has_tiles(const LinearWork& work) {
+  const bool vectors = work.support.bits != nullptr || work.support.group % 16 == 0;
+  return work.B > 1 && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
+}
+inline double tiles_cost(const LinearWork& work) {
+  const double once = work.pass == Pass::forward       ? 4.5
+                      : work.pass == Pass::grad_weight ? 14
+                      : has_register_tiles(work)       ? 9
+                                                       : 5 + 70 * work.density();
+  return once + (processor().wide ? 0.61 : 1.2) * double(work.B);
 }
 
 // The forward pass with one sample in each lane, by a plan of the support. Measured at 1600 x 1500, 1024 x 256 and
@@ -123,12 +148,15 @@ inline double lanes_cost(const LinearWork& work) {
 // and backward, where tiles are transposed, of single outputs up to about 60. Measured, as was the dense way in bfloat16, at
 // 1600 x 1500, 4096 x 1024, 1024 x 256 and 784 x 128 (densities 0.1 to 1, G = 1, 4 and 16), B = 4 to 1024.
 inline bool has_pairs(const LinearWork& work) {
-  return work.has_pairs && work.pass != Pass::grad_weight &&
+  return work.has_pairs &&
          (work.support.bits != nullptr || work.support.group % 16 == 0 || work.full());
 }
 inline double pairs_cost(const LinearWork& work) {
-  const double once = work.full() ? 4.5 : work.support.bits != nullptr ? 4 : 5 + 14 * work.density();
-  return work.pass == Pass::forward ? once + 0.64 * double(work.B) : once + 3 + 0.69 * double(work.B);
+  const bool full = work.full(), bits = work.support.bits != nullptr;
+  const double rows = bf16_rate(false) * double(work.B); // as long as so many
+  if (work.pass == Pass::grad_weight) return (full ? 6 : bits ? 5.5 : 10.5) + 0.66 * rows;
+  const double once = full ? 4.5 : bits ? 4 : 5 + 14 * work.density();
+  return work.pass == Pass::forward ? once + 0.64 * rows : once + 3 + 0.69 * rows;
 }
 
 // How much longer a sparse way takes than with AVX-512, measured on Zen 4. PyTorch's products use AVX-512 wherever the
@@ -148,6 +176,7 @@ inline Way fastest_way(const LinearWork& work) {
     if (cost < least) least = cost, way = other;
   };
   if (has_panels(work)) consider(Way::panels, panels_cost(work) * slowdown(Way::panels));
+  if (has_tiles(work)) consider(Way::tiles, tiles_cost(work));
   if (has_lanes(work)) consider(Way::lanes, lanes_cost(work));
   if (has_pairs(work)) consider(Way::pairs, pairs_cost(work));
   consider(Way::dense, dense_cost(work));

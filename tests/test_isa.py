@@ -134,8 +134,8 @@ def conv_case(B, C, size, O, kernel, stride, padding, active, dtype, memory_form
 
 
 CONV = [
-    (1, 17, 7, 33, 3, 1, 1, 0.1),  # these two by the kernels,
-    (2, 64, 8, 64, 5, 1, 0, 0.1),
+    (1, 17, 7, 33, 3, 1, 1, 0.04),  # these two by the kernels,
+    (2, 64, 8, 64, 5, 1, 0, 0.05),
     (3, 5, 9, 20, 3, 2, 1, 0.3),
     (2, 33, 5, 15, 1, 1, 0, 0.2),  # PyTorch's dense convolution, in part or as a whole
 ]

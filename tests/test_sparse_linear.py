@@ -408,10 +408,11 @@ def test_a_layer_of_small_groups(shape):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B", [1, 2, 70])
-def test_lanes_that_no_output_uses_get_no_gradient_from_infinite_inputs(B):
-    layer = sk.SparseLinear(40, 20, density=0.5, group_size=16)
-    x = torch.randn(B, 40)
+def test_lanes_that_no_output_uses_get_no_gradient_from_infinite_inputs(B, dtype):
+    layer = sk.SparseLinear(40, 20, density=0.5, group_size=16, dtype=dtype)
+    x = torch.randn(B, 40, dtype=dtype)
     x[0, 3] = torch.inf
     layer(x).sum().backward()
     assert (layer.weight.grad[layer.row_indices == 1, 4:] == 0).all()

@@ -59,11 +59,18 @@ def environment(device: str = "cpu") -> dict:
 
 
 def processor() -> str:
+    """Its name, with family and model where Linux knows them: what a cloud calls it may be several generations."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    first = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        first.setdefault(key.strip(), value.strip())
+    if "cpu family" not in first:
+        return first.get("model name", platform.machine())
+    return f"{first['model name']} (family {first['cpu family']}, model {first['model']})"
 
 
 def commit(folder: Path = Path(__file__).parent) -> str:

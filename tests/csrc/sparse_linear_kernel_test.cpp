@@ -155,12 +155,14 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
   kernels.forward(c.dtype, w, x.data(), weight.data(), bias.data(), got.data(), 0, row);
   kernels.forward(c.dtype, w, x.data(), weight.data(), bias.data(), got.data(), row, B);
   compare(c, "forward", got, y);
-  got = Array(c.dtype, size_t(B * O));
-  for (int part = 0; part < 2 && B > 0; part++)
-    for (int side = 0; side < 2; side++)
-      kernels.forward_panels(c.dtype, w, x.data(), weight.data(), bias.data(), got.data(), part ? row : 0,
-                             part ? B : row, side ? output : 0, side ? O : output);
-  compare(c, "forward_panels", got, y);
+  for (const bool all : {false, true}) {
+    got = Array(c.dtype, size_t(B * O));
+    for (int part = 0; part < 2 && B > 0; part++)
+      for (int side = 0; side < 2; side++)
+        kernels.forward_panels(c.dtype, w, x.data(), weight.data(), bias.data(), all, got.data(), part ? row : 0,
+                               part ? B : row, side ? output : 0, side ? O : output);
+    compare(c, all ? "forward_panels of all" : "forward_panels", got, y);
+  }
 
   if (G == 1 && c.dtype != DType::f64) {
     const Plan lists(layer, I, O);
@@ -189,11 +191,13 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
     kernels.grad_input(c.dtype, w, grad_y.data(), x.data(), weight.data(), got.data(), only, 0, row);
     kernels.grad_input(c.dtype, w, grad_y.data(), x.data(), weight.data(), got.data(), only, row, B);
     compare(c, "grad_input", got, wanted);
-    got = Array(c.dtype, size_t(B * I));
-    for (int side = 0; side < 2 && B > 0; side++)
-      kernels.grad_input_panels(c.dtype, w, grad_y.data(), x.data(), weight.data(), got.data(), only, 0, B,
-                                side ? input : 0, side ? I : input);
-    compare(c, "grad_input_panels", got, wanted);
+    for (const bool all : {false, true}) {
+      got = Array(c.dtype, size_t(B * I));
+      for (int side = 0; side < 2 && B > 0; side++)
+        kernels.grad_input_panels(c.dtype, w, grad_y.data(), x.data(), weight.data(), got.data(), only, all, 0, B,
+                                  side ? input : 0, side ? I : input);
+      compare(c, all ? "grad_input_panels of all" : "grad_input_panels", got, wanted);
+    }
     got = Array(c.dtype, size_t(B * I));
     for (int side = 0; side < 2 && B > 0 && pairs; side++)
       kernels.grad_input_pairs(w, grad_y.data(), x.data(), weight.data(), got.data(), only, 0, B, side ? input : 0,
@@ -205,15 +209,31 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
   kernels.grad_weight(c.dtype, w, grad_y.data(), x.data(), got.data(), B, I / 3, I);
   kernels.grad_weight(c.dtype, w, grad_y.data(), x.data(), got.data(), B, 0, I / 3);
   compare(c, "grad_weight", got, grad);
-  got = Array(c.dtype, blocks * size_t(G));
   int64_t bytes;
   const int64_t tiles = kernels.tiles(c.dtype, B, O, &bytes);
   void* memory = scratch(7, size_t(bytes));
   if (bytes > 0) std::memset(memory, 0xff, size_t(bytes));
   kernels.tile_rows(c.dtype, grad_y.data(), B, O, memory, 0, tiles);
-  kernels.grad_weight_panels(c.dtype, w, memory, x.data(), got.data(), B, I / 3, I);
-  kernels.grad_weight_panels(c.dtype, w, memory, x.data(), got.data(), B, 0, I / 3);
-  compare(c, "grad_weight_panels", got, grad);
+  for (const bool all : {false, true}) {
+    if (all && (B == 0 || (G != 1 && G % 16 != 0))) continue;
+    got = Array(c.dtype, blocks * size_t(G));
+    kernels.grad_weight_panels(c.dtype, w, memory, x.data(), all, got.data(), B, I / 3, I);
+    kernels.grad_weight_panels(c.dtype, w, memory, x.data(), all, got.data(), B, 0, I / 3);
+    compare(c, all ? "grad_weight_panels of all" : "grad_weight_panels", got, grad);
+  }
+
+  if (pairs && B > 0) {
+    const int64_t panels = ((O + G - 1) / G * G + kLinearPanel - 1) / kLinearPanel;
+    const size_t size = size_t(panels * ((B + 1) / 2) * kLinearPanel) * 4;
+    memory = scratch(7, size);
+    std::memset(memory, 0xff, size);
+    kernels.pair_rows(grad_y.data(), B, O, memory, 0, panels / 2);
+    kernels.pair_rows(grad_y.data(), B, O, memory, panels / 2, panels);
+    got = Array(c.dtype, blocks * size_t(G));
+    kernels.grad_weight_pairs(w, memory, x.data(), got.data(), B, I / 3, I);
+    kernels.grad_weight_pairs(w, memory, x.data(), got.data(), B, 0, I / 3);
+    compare(c, "grad_weight_pairs", got, grad);
+  }
 
   got = Array(c.dtype, size_t(I * O));
   kernels.expand(c.dtype, w, weight.data(), got.data(), 0, I, 0, O);
@@ -251,7 +271,7 @@ int main(int argc, char** argv) {
   std::mt19937 random(0);
   int cases = 0;
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
-    for (const int64_t B : {0, 1, 3, 70})
+    for (const int64_t B : {0, 1, 3, 70, 131})
       for (const auto& [I, O] : {std::pair<int64_t, int64_t>{1, 1}, {17, 15}, {33, 64}, {100, 129}, {150, 31}, {9, 1300}})
         for (const int64_t G : {1, 3, 16, 32, 48, 128})
           for (const double density : {0.0, 0.2, 1.0})
