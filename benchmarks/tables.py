@@ -91,9 +91,9 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def comparisons() -> list[tuple[list[Result], dict[str, str]]]:
-    """The results of compare_dense, by dtype and number of threads."""
-    read = [read_csv(path) for path in sorted(RESULTS.glob("compare_dense*.csv"))]
+def comparisons(folder: str = ".") -> list[tuple[list[Result], dict[str, str]]]:
+    """The results of compare_dense, by dtype and number of threads; in a folder those of another processor."""
+    read = [read_csv(path) for path in sorted((RESULTS / folder).glob("compare_dense*.csv"))]
     return sorted(read, key=lambda file: (file[1]["dtype"] != "float32", int(file[1]["threads"])))
 
 
@@ -146,15 +146,20 @@ def wrapped(text: str) -> str:
 
 
 def performance_tables() -> dict[str, str]:
-    compared = comparisons()
-    tables = [f"{wrapped(caption(where))}\n\n{comparison_table(results)}" for results, where in compared]
-    if compared:
-        tables.append(wrapped(f"Dense is {forms([result for results, _ in compared for result in results])}."))
     return {
-        "compare_dense": "\n\n".join(tables),
+        "compare_dense": comparison_tables("."),
+        "compare_dense on Zen 4": comparison_tables("zen4"),
         "never_slower": never_slower_table(),
         "roofline": roofline_table(),
     }
+
+
+def comparison_tables(folder: str) -> str:
+    compared = comparisons(folder)
+    tables = [f"{wrapped(caption(where))}\n\n{comparison_table(results)}" for results, where in compared]
+    if compared:
+        tables.append(wrapped(f"Dense is {forms([result for results, _ in compared for result in results])}."))
+    return "\n\n".join(tables)
 
 
 def missed() -> Iterator[str]:
