@@ -93,7 +93,8 @@ void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, bool al
   using A = acc_t<T>;
   constexpr int64_t kDepth = kTileRows<A>;
   const RowLists<A> lists = all ? RowLists<A>{} : allocate_lists<A>(kLists, rows, kDepth);
-  A* part = all ? (A*)scratch(kLists, size_t(rows * kDepth) * sizeof(A)) : nullptr;
+  // Whole vectors are written, some of them beyond a row.
+  A* part = all ? (A*)scratch(kLists, size_t(rows * kDepth + kLanes) * sizeof(A)) : nullptr;
   for (int64_t first = 0; first < K; first += kDepth) {
     const int64_t count = min(kDepth, K - first);
     tiles.begin(first, count);
@@ -308,8 +309,8 @@ void grad_weight_all(const LinearSupport& w, const acc_t<T>* tiles, const T* x, 
       std::memset((void*)sums, 0, size_t(inputs * kPanel) * sizeof(A));
       if (c * kPanel < O)
         for (int64_t s = 0, t = 0; s < B; s += kTileRows<A>, t++)
-          add_tile<1, kInputs>(part + s * kInputs, inputs, min(kTileRows<A>, B - s), tiles + t * size + c * (kTileRows<A> * kPanel),
-                               min(kPanel, O - c * kPanel), sums);
+          add_tile<1, kInputs>(part + s * kInputs, inputs, min(kTileRows<A>, B - s),
+                               tiles + t * size + c * (kTileRows<A> * kPanel), min(kPanel, O - c * kPanel), sums);
       clear_beyond(O - c * kPanel, inputs, sums); // infinite times zero
       for (int64_t k = 0; k < inputs; k++) {
         const A* sum = sums + k * kPanel;

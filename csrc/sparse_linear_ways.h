@@ -119,12 +119,15 @@ inline double panels_cost(const LinearWork& work) {
   return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * panels_products; // two bytes are widened one by one
 }
 
+// The weight's gradient by all of x copies both its factors, for which more rows would want more memory than they are worth.
+inline bool fits(const LinearWork& work) { return work.pass != Pass::grad_weight || work.B <= 4096; }
+
 // By tiles whatever is zero: laid out as for panels, and sums in registers. Measured on Zen 5 at 1600 x 1000, 1600 x 1500,
 // 4096 x 1024 and 784 x 128 (G = 1 and 16, densities 0.1 to 0.4), B = 4 to 256, where PyTorch takes 1.35 for what these take
 // 0.61; that it is 1.2 on Zen 4, and PyTorch's there 1.33, follows from the pairs of both. By AVX2 they are as fast as PyTorch.
 inline bool has_tiles(const LinearWork& work) {
   const bool vectors = work.support.bits != nullptr || work.support.group % 16 == 0;
-  return work.B > 1 && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
+  return work.B > 1 && fits(work) && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
 }
 inline double tiles_cost(const LinearWork& work) {
   const double once = work.pass == Pass::forward       ? 4.5
@@ -149,7 +152,7 @@ inline double lanes_cost(const LinearWork& work) {
 // 1600 x 1500, 4096 x 1024, 1024 x 256 and 784 x 128 (densities 0.1 to 1, G = 1, 4 and 16), B = 4 to 1024.
 // What is done once does not become faster with the products: 1.5 cycles more on Zen 5.
 inline bool has_pairs(const LinearWork& work) {
-  return work.has_pairs &&
+  return work.has_pairs && fits(work) &&
          (work.support.bits != nullptr || work.support.group % 16 == 0 || work.full());
 }
 inline double pairs_cost(const LinearWork& work) {
