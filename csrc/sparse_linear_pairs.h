@@ -25,9 +25,9 @@ constexpr int64_t kDepth = 2 * kPairs; // rows of the dense matrix in a tile
 // exist. Words of an input are asked for in ascending order.
 class WeightWords {
  public:
-  // Slots for `slots` inputs at a time, and outputs up to `until`. Without weights they can only be put.
-  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots, int64_t until)
-      : w_(w), until_(until), weights_(w, weight, has_bits(w) && weight != nullptr, 32), base_(weight),
+  // Slots for `slots` inputs at a time, and outputs up to `until`. If not `readable`, weights can only be put.
+  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots, int64_t until, bool readable = true)
+      : w_(w), until_(until), weights_(w, weight, has_bits(w) && readable, 32), base_(weight),
         groups_((w.outputs + w.group - 1) / w.group),
         full_(w.ccol[w.inputs] == w.inputs * groups_), words_(has_bits(w) ? 0 : (groups_ * w.group / kLanes + 63) / 64),
         next_((int64_t*)scratch(kSamples, size_t(slots * (1 + words_)) * 8)), sixteens_((uint64_t*)next_ + slots) {}
@@ -331,7 +331,7 @@ inline SPARSEKERN_PAIRS void grad_weight_pairs(const LinearSupport& w, const uin
   const int64_t pairs = (B + 1) / 2, outputs = (w.outputs + w.group - 1) / w.group * w.group;
   uint32_t* part = (uint32_t*)scratch(kLists, size_t(pairs * kInputs) * 4);
   float* sums = (float*)scratch(kSums, size_t(kInputs * kPanel) * sizeof(float));
-  WeightWords words(w, nullptr, kInputs, outputs);
+  WeightWords words(w, grad, kInputs, outputs, false);
   for (int64_t i = begin; i < end; i += kInputs) {
     const int64_t inputs = min(kInputs, end - i);
     for (int64_t p = 0; p < pairs; p++)
