@@ -17,9 +17,10 @@ bool isa_supported(Isa isa);
 
 // What decides how fast PyTorch's dense products are, whatever instruction set is in use.
 struct Processor {
-  bool wide;   // it multiplies 512 bits at a time, twice in a cycle: what has AVX-512 does, but for AMD's Zen 4
-  bool dots;   // bfloat16 dot products (AVX512-BF16)
-  bool tiles;  // tiles of bfloat16 (AMX)
+  bool wide;  // it multiplies 512 bits at a time, twice in a cycle: what has AVX-512, but for AMD's Zen 4 (Intel's with one
+              // such unit are not told apart)
+  bool dots;  // bfloat16 dot products (AVX512-BF16)
+  bool tiles; // tiles of bfloat16 (AMX)
 };
 const Processor& processor();
 

@@ -66,7 +66,7 @@ struct SparseLinearKernels {
   int64_t (*tiles)(DType, int64_t B, int64_t O, int64_t* bytes);
   void (*tile_rows)(DType, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
   void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, bool all, void* grad_weight,
-                             int64_t B, int64_t begin, int64_t end); // all: of G = 1 and multiples of 16
+                             int64_t B, int64_t begin, int64_t end); // all: by a bitmap, or G a multiple of 16
   // Non-zeros among n < 2^31 elements.
   int64_t (*count)(DType, const void* x, int64_t n);
   // Lays the weights of inputs [begin, end) and outputs [first, last) out as a dense matrix (end - begin, last - first),

@@ -18,7 +18,6 @@ inline bool has_pairs() {
 }
 
 constexpr int64_t kPairs = 64;         // of a tile: with kPanel columns 16 KB
-constexpr int64_t kPairRows = 6;       // whose sums, 24 registers, stay in registers
 constexpr int64_t kDepth = 2 * kPairs; // rows of the dense matrix in a tile
 
 // The weights of an input at 64 outputs, zeros where none exists: by a bitmap, of blocks of whole sixteens, or where all
@@ -234,16 +233,12 @@ SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t
     for (int v = 0; v < 4; v++) _mm512_store_ps(sums + r * kPanel + v * kLanes, sum[r][v]);
 }
 
+// The same for any number of rows.
 template <int64_t kRowStep, int64_t kPairStep>
 void add_pairs(int64_t rows, const uint32_t* x, const uint32_t* tile, int64_t pairs, bool fresh, float* sums) {
-  switch (rows) {
-    case 1: return add_pairs<kRowStep, kPairStep, 1>(x, tile, pairs, fresh, sums);
-    case 2: return add_pairs<kRowStep, kPairStep, 2>(x, tile, pairs, fresh, sums);
-    case 3: return add_pairs<kRowStep, kPairStep, 3>(x, tile, pairs, fresh, sums);
-    case 4: return add_pairs<kRowStep, kPairStep, 4>(x, tile, pairs, fresh, sums);
-    case 5: return add_pairs<kRowStep, kPairStep, 5>(x, tile, pairs, fresh, sums);
-    default: return add_pairs<kRowStep, kPairStep, 6>(x, tile, pairs, fresh, sums);
-  }
+  for_rows(rows, [&]<int kRows>(int64_t r) {
+    add_pairs<kRowStep, kPairStep, kRows>(x + r * kRowStep, tile, pairs, fresh, sums + r * kPanel);
+  });
 }
 
 // The sums (panels, rows, kPanel) = x (rows, K; stride K) times the matrix (K, columns) of which `tiles` lays out kDepth rows
@@ -263,8 +258,7 @@ const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t colu
     for (int64_t c = 0; c * kPanel < columns; c++) {
       tiles.fill(c, tile);
       float* sum = sums + c * rows * kPanel;
-      for (int64_t s = 0; s < rows; s += kPairRows)
-        add_pairs<kPairs, 1>(min(kPairRows, rows - s), part + s * kPairs, tile, pairs, first == 0, sum + s * kPanel);
+      add_pairs<kPairs, 1>(rows, part, tile, pairs, first == 0, sum);
     }
   }
   return sums;
@@ -327,7 +321,7 @@ SPARSEKERN_PAIRS_INLINE __m512i narrowed(const float* sums) {
 // The stored weights of inputs [begin, end) of grad_y^T x, from the tiles of grad_y.
 inline SPARSEKERN_PAIRS void grad_weight_pairs(const LinearSupport& w, const uint32_t* tiles, const bf16* x, bf16* grad,
                                                int64_t B, int64_t begin, int64_t end) {
-  constexpr int64_t kInputs = 8 * kPairRows;
+  constexpr int64_t kInputs = 8 * kTileSums;
   const int64_t pairs = (B + 1) / 2, outputs = (w.outputs + w.group - 1) / w.group * w.group;
   uint32_t* part = (uint32_t*)scratch(kLists, size_t(pairs * kInputs) * 4);
   float* sums = (float*)scratch(kSums, size_t(kInputs * kPanel) * sizeof(float));
@@ -340,9 +334,8 @@ inline SPARSEKERN_PAIRS void grad_weight_pairs(const LinearSupport& w, const uin
     for (int64_t k = 0; k < inputs; k++) words.start(k, i + k, 0);
     for (int64_t c = 0; c * kPanel < outputs; c++) {
       for (int64_t p = 0; p < pairs; p += kPairs)
-        for (int64_t k = 0; k < inputs; k += kPairRows)
-          add_pairs<1, kInputs>(min(kPairRows, inputs - k), part + p * kInputs + k, tiles + (c * pairs + p) * kPanel,
-                                min(kPairs, pairs - p), p == 0, sums + k * kPanel);
+        add_pairs<1, kInputs>(inputs, part + p * kInputs, tiles + (c * pairs + p) * kPanel, min(kPairs, pairs - p), p == 0,
+                              sums);
       clear_beyond(w.outputs - c * kPanel, inputs, sums); // infinite times zero
       for (int64_t k = 0; k < inputs; k++) {
         const float* sum = sums + k * kPanel;

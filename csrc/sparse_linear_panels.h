@@ -291,12 +291,12 @@ template <class A> void clear_beyond(int64_t column, int64_t rows, A* sums) {
     for (int64_t c = column < 0 ? 0 : column; c < kPanel; c++) sums[r * kPanel + c] = 0;
 }
 
-// The same for any number of rows and all of x, its zeros too. G = 1 or a multiple of sixteen.
+// The same for any number of rows and all of x, its zeros too. By a bitmap, or G a multiple of sixteen.
 template <class T>
 void grad_weight_all(const LinearSupport& w, const acc_t<T>* tiles, const T* x, T* grad, int64_t B, int64_t begin,
                      int64_t end) {
   using A = acc_t<T>;
-  constexpr int64_t kInputs = 48;
+  constexpr int64_t kInputs = 8 * kTileSums;
   const int64_t I = w.inputs, O = w.outputs, G = w.group, vectors = G / kLanes, size = round_up(O, kPanel) * kTileRows<A>;
   A* part = (A*)scratch(kLists, size_t(B * kInputs) * sizeof(A));
   A* sums = (A*)scratch(kSums, size_t(kInputs * kPanel) * sizeof(A));
@@ -320,8 +320,6 @@ void grad_weight_all(const LinearSupport& w, const acc_t<T>* tiles, const T* x, 
           const vec<A> whole[4] = {load(sum), load(sum + kLanes), load(sum + 2 * kLanes), load(sum + 3 * kLanes)};
           to = pack_word(w.bits[(i + k) * bit_words(w) + c], whole, grad, to, last);
           __builtin_prefetch(grad + to + kLanes, 1), __builtin_prefetch(grad + to + 2 * kLanes, 1);
-        } else if (G == 1) {
-          for (; to < last && w.rows[to] < (c + 1) * kPanel; to++) from_acc(sum[w.rows[to] - c * kPanel], grad[to]);
         } else {
           for (; to < last; to++) {
             const int64_t block = vectors == 1 ? to : to / vectors;

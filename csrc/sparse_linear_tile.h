@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kTileColumns = kLinearPanel; // of the tile and of the sums in memory
 // Sums of so many rows times so many registers fill the processor's, beside a broadcast and the registers of a tile's row.
-constexpr int kTileSums = 6;
+constexpr int64_t kTileSums = 6;
 #if defined(__AVX512F__)
 constexpr int kTileRegs = 4;
 #else
@@ -45,18 +45,25 @@ void add_tile(const A* x, int64_t count, const A* tile, int64_t columns, A* sums
   }
 }
 
+// Calls add.operator()<n>(first row) for n rows at a time, kTileSums of them but for the last.
+template <class Add> SPARSEKERN_INLINE void for_rows(int64_t rows, Add add) {
+  int64_t r = 0;
+  for (; r + kTileSums <= rows; r += kTileSums) add.template operator()<int(kTileSums)>(r);
+  switch (rows - r) {
+    case 5: return add.template operator()<5>(r);
+    case 4: return add.template operator()<4>(r);
+    case 3: return add.template operator()<3>(r);
+    case 2: return add.template operator()<2>(r);
+    case 1: return add.template operator()<1>(r);
+  }
+}
+
 // The same for any number of rows.
 template <int64_t kRowStep, int64_t kStep, class A>
 void add_tile(const A* x, int64_t rows, int64_t count, const A* tile, int64_t columns, A* sums) {
-  for (; rows >= kTileSums; rows -= kTileSums, x += kTileSums * kRowStep, sums += kTileSums * kTileColumns)
-    add_tile<kRowStep, kStep, kTileSums>(x, count, tile, columns, sums);
-  switch (rows) {
-    case 5: return add_tile<kRowStep, kStep, 5>(x, count, tile, columns, sums);
-    case 4: return add_tile<kRowStep, kStep, 4>(x, count, tile, columns, sums);
-    case 3: return add_tile<kRowStep, kStep, 3>(x, count, tile, columns, sums);
-    case 2: return add_tile<kRowStep, kStep, 2>(x, count, tile, columns, sums);
-    case 1: return add_tile<kRowStep, kStep, 1>(x, count, tile, columns, sums);
-  }
+  for_rows(rows, [&]<int kRows>(int64_t r) {
+    add_tile<kRowStep, kStep, kRows>(x + r * kRowStep, count, tile, columns, sums + r * kTileColumns);
+  });
 }
 
 } // namespace

@@ -44,7 +44,7 @@ inline double dense_cost(const LinearWork& work) {
   const bool forward = work.pass == Pass::forward, weights = work.pass == Pass::grad_weight;
   const bool bf16 = work.dtype == DType::bf16;
   // A matrix times a vector waits for memory; PyTorch multiplies bfloat16 by instructions of its own.
-  const double rows = bf16 ? bf16_rate(true) * B : B; // as long as so many
+  const double rows = bf16_rate(true) * B; // of bfloat16, on Zen 4
   double cost = bf16 && weights ? 3 + 0.66 * rows
                 : bf16          ? 5 + (forward && B > 128 ? 8 + 0.59 * rows : (forward ? 0.65 : 0.61) * rows)
                 : B < 4         ? 0.5 + 4.5 * B
@@ -124,7 +124,8 @@ inline bool fits(const LinearWork& work) { return work.pass != Pass::grad_weight
 
 // By tiles whatever is zero: laid out as for panels, and sums in registers. Measured on Zen 5 at 1600 x 1000, 1600 x 1500,
 // 4096 x 1024 and 784 x 128 (G = 1 and 16, densities 0.1 to 0.4), B = 4 to 256, where PyTorch takes 1.35 for what these take
-// 0.61; that it is 1.2 on Zen 4, and PyTorch's there 1.33, follows from the pairs of both. By AVX2 they are as fast as PyTorch.
+// 0.61. On Zen 4, where PyTorch takes 1.33, 1.2 is an estimate from the rates of pairs on both. By AVX2 they are as fast as
+// PyTorch.
 inline bool has_tiles(const LinearWork& work) {
   const bool vectors = work.support.bits != nullptr || work.support.group % 16 == 0;
   return work.B > 1 && fits(work) && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
