@@ -27,13 +27,22 @@ std::tuple<Tensor, Tensor, Tensor> k_winners(const Tensor& x, int64_t k, const s
 
 using Pooled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// Where in a contiguous map the units of a channels-last one stand.
+std::vector<int32_t> contiguous_places(int64_t C, int64_t locations) {
+  std::vector<int32_t> places(static_cast<size_t>(C * locations));
+  for (int64_t p = 0; p < locations; p++)
+    for (int64_t c = 0; c < C; c++) places[size_t(p * C + c)] = int32_t(c * locations + p);
+  return places;
+}
+
 // mean and scale: null, or (C,) in the accumulator type.
 Pooled pooled(const Tensor& x, const void* mean, const void* scale, int64_t k, const std::optional<Tensor>& duty_cycle,
-              const std::optional<Tensor>& boost_strength, int64_t pool) {
+              const std::optional<Tensor>& boost_strength, int64_t pool, bool contiguous) {
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = H / pool, Q = W / pool, n = C * P * Q;
-  const bool channels_last = !x.is_contiguous();
+  const bool channels_last = !x.is_contiguous(), moves = channels_last && contiguous;
   STD_TORCH_CHECK(C * H * W <= INT32_MAX, "max_pool_k_winners2d: wants maps of at most 2^31 - 1 units, got ", C * H * W);
-  Tensor y = empty_maps(x, {B, C, P, Q}, channels_last);
+  Tensor y = empty_maps(x, {B, C, P, Q}, channels_last && !contiguous);
+  const std::vector<int32_t> places = moves ? contiguous_places(C, P * Q) : std::vector<int32_t>();
   Tensor winners = empty(ScalarType::Byte, {B, (n + 15) / 16 * 2});
   Tensor offsets = empty(ScalarType::Int, {B, k});
   Tensor counts = zeros(ScalarType::Long, {C + 1});
@@ -41,7 +50,8 @@ Pooled pooled(const Tensor& x, const void* mean, const void* scale, int64_t k, c
   const PooledArgs args{{dtype_of("max_pool_k_winners2d", x), x.data_ptr(), y.data_ptr(),
                          static_cast<uint8_t*>(winners.data_ptr()),
                          boost_factors(duty_cycle, boost_strength, k, n, C, inner), n, k, C, inner},
-                        C, H, W, pool, channels_last, static_cast<int32_t*>(offsets.data_ptr()), mean, scale};
+                        C, H, W, pool, channels_last, static_cast<int32_t*>(offsets.data_ptr()), mean, scale,
+                        moves ? places.data() : nullptr};
   count_rows(B, C * H * W, counts, [&](int64_t begin, int64_t end, int64_t* part) {
     SPARSEKERN_SELECT(k_winners).forward_pooled(args, begin, end, part);
   });
@@ -49,15 +59,16 @@ Pooled pooled(const Tensor& x, const void* mean, const void* scale, int64_t k, c
 }
 
 Pooled max_pool_k_winners2d(const Tensor& x, int64_t k, const std::optional<Tensor>& duty_cycle,
-                            const std::optional<Tensor>& boost_strength, int64_t pool) {
-  return pooled(x, nullptr, nullptr, k, duty_cycle, boost_strength, pool);
+                            const std::optional<Tensor>& boost_strength, int64_t pool, bool contiguous) {
+  return pooled(x, nullptr, nullptr, k, duty_cycle, boost_strength, pool, contiguous);
 }
 
 Pooled norm_max_pool_k_winners2d(const Tensor& x, const Tensor& mean, const Tensor& scale, int64_t k,
                                  const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
-                                 int64_t pool) {
+                                 int64_t pool, bool contiguous) {
   const Tensor mean_values = unstrided(mean), scale_values = unstrided(scale);
-  return pooled(x, mean_values.data_ptr(), scale_values.data_ptr(), k, duty_cycle, boost_strength, pool);
+  return pooled(x, mean_values.data_ptr(), scale_values.data_ptr(), k, duty_cycle, boost_strength, pool,
+                contiguous);
 }
 
 // Rows (B, 2, C) summed over B, in order.
@@ -99,14 +110,15 @@ Tensor norm_max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& y,
                                           const Tensor& offsets, const Tensor& x, const Tensor& mean,
                                           const Tensor& scale) {
   const int64_t B = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3), locations = y.size(2) * y.size(3);
-  const bool channels_last = !x.is_contiguous();
+  const bool channels_last = !x.is_contiguous(), moved = channels_last && y.is_contiguous();
+  const std::vector<int32_t> places = moved ? contiguous_places(C, locations) : std::vector<int32_t>();
   Tensor grad_x = empty_maps(x, {B, C, x.size(2), x.size(3)}, channels_last);
   const Tensor mean_values = unstrided(mean), scale_values = unstrided(scale);
   const NormGradArgs args{dtype_of("norm_max_pool_k_winners2d_backward", x), grad_y.data_ptr(), y.data_ptr(),
                           static_cast<const uint8_t*>(winners.data_ptr()),
                           static_cast<const int32_t*>(offsets.data_ptr()), x.data_ptr(), grad_x.data_ptr(),
                           mean_values.data_ptr(), scale_values.data_ptr(), C * locations, offsets.size(1), C,
-                          channels_last ? 1 : locations, pixels, channels_last};
+                          channels_last ? 1 : locations, pixels, channels_last, moved ? places.data() : nullptr};
   std::vector<double> rows(size_t(B * 2 * C));
   torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     SPARSEKERN_SELECT(k_winners).norm_grad_sums(args, rows.data(), begin, end);
@@ -121,12 +133,16 @@ Tensor norm_max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& y,
 
 Tensor max_pool_k_winners2d_backward(const Tensor& grad_y, const Tensor& winners, const Tensor& offsets, int64_t H,
                                      int64_t W, bool channels_last) {
-  const int64_t B = grad_y.size(0), C = grad_y.size(1), n = C * grad_y.size(2) * grad_y.size(3), map = C * H * W;
+  const int64_t B = grad_y.size(0), C = grad_y.size(1), locations = grad_y.size(2) * grad_y.size(3);
+  const int64_t n = C * locations, map = C * H * W;
+  const bool moved = channels_last && grad_y.is_contiguous();
+  const std::vector<int32_t> places = moved ? contiguous_places(C, locations) : std::vector<int32_t>();
   Tensor grad_x = empty_maps(grad_y, {B, C, H, W}, channels_last);
   const DType dtype = dtype_of("max_pool_k_winners2d_backward", grad_y);
   torch::stable::parallel_for(0, B, map > 0 ? kParallelWork / map + 1 : B + 1, [&](int64_t begin, int64_t end) {
     SPARSEKERN_SELECT(k_winners)
-        .backward_pooled(dtype, grad_y.data_ptr(), static_cast<const uint8_t*>(winners.data_ptr()),
+        .backward_pooled(dtype, grad_y.data_ptr(), moved ? places.data() : nullptr,
+                         static_cast<const uint8_t*>(winners.data_ptr()),
                          static_cast<const int32_t*>(offsets.data_ptr()), grad_x.data_ptr(), n, offsets.size(1), map,
                          begin, end);
   });

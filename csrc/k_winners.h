@@ -29,6 +29,7 @@ struct PooledArgs {
   // (C,) in the accumulator type, or null: units are (x - mean) * scale, rounded to x's type. scale > 0, so that pooling
   // may come first.
   const void *mean, *scale;
+  const int32_t* places; // (n,): where in its row of y each unit stands, or null where y has the units' order
 };
 
 // The gradient of PooledArgs with mean and scale = 1 / deviation of x's own channels, as batch norm takes them.
@@ -43,6 +44,7 @@ struct NormGradArgs {
   int64_t n, k, C, inner;   // of the pooled units: see KWinnersArgs
   int64_t pixels;           // H * W
   bool channels_last;
+  const int32_t* places; // (n,): where in its row of grad_y and y each unit stands, or null: as PooledArgs
 };
 
 struct KWinnersKernels {
@@ -55,9 +57,10 @@ struct KWinnersKernels {
   void (*backward)(DType dtype, const void* grad_y, const uint8_t* winners, void* grad_x, int64_t n, int64_t begin,
                    int64_t end);
   void (*forward_pooled)(const PooledArgs& args, int64_t begin, int64_t end, int64_t* counts);
-  // Rows begin..end of grad_x (rows, map): grad_y (rows, n) at the winners' offsets (rows, k), else 0.
-  void (*backward_pooled)(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,
-                          int64_t n, int64_t k, int64_t map, int64_t begin, int64_t end);
+  // Rows begin..end of grad_x (rows, map): grad_y (rows, n) at the winners' offsets (rows, k), else 0. places: of grad_y.
+  void (*backward_pooled)(DType dtype, const void* grad_y, const int32_t* places, const uint8_t* winners,
+                          const int32_t* offsets, void* grad_x, int64_t n, int64_t k, int64_t map, int64_t begin,
+                          int64_t end);
   // Rows begin..end of x (rows, C, H, W): each row's channel means and sums of squared deviations, moments (rows, 2, C).
   void (*moments)(DType dtype, const void* x, bool channels_last, int64_t C, int64_t pixels, double* moments,
                   int64_t begin, int64_t end);

@@ -122,6 +122,9 @@ template <class T> void normalise(const PooledArgs& a, acc_t<T>* most) {
       for (int64_t p = 0; p < locations; p++) most[p] = rounded((most[p] - mean[c]) * scale[c]);
 }
 
+// Where a unit stands in a row that may have another order.
+SPARSEKERN_INLINE int64_t place_of(const int32_t* places, int64_t unit) { return places == nullptr ? unit : places[unit]; }
+
 // map(row, most, taken): writes a row's pooled units and, unless offsets is null, where they were taken from.
 template <class T, class Map>
 void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_t* counts, const Map& map) {
@@ -161,6 +164,7 @@ void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_
       store_bits(winners + j / 8, bits);
       if (offsets != nullptr) count += compress(taken + j, bits, places + count);
       if constexpr (std::is_same_v<T, A>) {
+        if (a.places != nullptr) continue;
         if (j + kLanes <= n) keep(most + j, bits, y + j);
         else keep_first(most + j, bits, y + j, n - j);
       }
@@ -170,13 +174,15 @@ void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_
       }
     }
     if (offsets != nullptr) std::memcpy(offsets, places, size_t(k) * sizeof(int32_t));
-    if constexpr (!std::is_same_v<T, A>) {
-      const T* x = static_cast<const T*>(a.rows.x) + row * a.C * a.H * a.W;
+    if (!std::is_same_v<T, A> || a.places != nullptr) {
       std::memset(y, 0, size_t(n) * sizeof(T));
       for (int64_t j = 0; j < n; j += kLanes)
-        for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1)
-          if (a.mean != nullptr) from_acc(most[j + __builtin_ctz(bits)], y[j + __builtin_ctz(bits)]);
-          else y[j + __builtin_ctz(bits)] = x[*offsets++];
+        for (uint32_t bits = load_bits(winners + j / 8); bits != 0; bits &= bits - 1) {
+          const int64_t unit = j + __builtin_ctz(bits);
+          T& to = y[place_of(a.places, unit)];
+          if (std::is_same_v<T, A> || a.mean != nullptr) from_acc(most[unit], to);
+          else to = static_cast<const T*>(a.rows.x)[row * a.C * a.H * a.W + *offsets++];
+        }
     }
     if (lanes == nullptr) count_row(winners, a.rows, counts);
   }
@@ -201,8 +207,9 @@ inline void forward_pooled(const PooledArgs& a, int64_t begin, int64_t end, int6
   });
 }
 
-inline void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winners, const int32_t* offsets, void* grad_x,
-                            int64_t n, int64_t k, int64_t map, int64_t begin, int64_t end) {
+inline void backward_pooled(DType dtype, const void* grad_y, const int32_t* places, const uint8_t* winners,
+                            const int32_t* offsets, void* grad_x, int64_t n, int64_t k, int64_t map, int64_t begin,
+                            int64_t end) {
   dispatch(dtype, [&]<class T>() {
     const int64_t bytes = (n + kLanes - 1) / kLanes * 2;
     for (int64_t row = begin; row < end; row++) {
@@ -212,7 +219,7 @@ inline void backward_pooled(DType dtype, const void* grad_y, const uint8_t* winn
       std::memset(out, 0, size_t(map) * sizeof(T));
       for (int64_t j = 0; j < n; j += kLanes)
         for (uint32_t bits = load_bits(winners + row * bytes + j / 8); bits != 0; bits &= bits - 1)
-          out[*offset++] = g[j + __builtin_ctz(bits)];
+          out[*offset++] = g[place_of(places, j + __builtin_ctz(bits))];
     }
   });
 }
@@ -275,9 +282,10 @@ inline void norm_grad_sums(const NormGradArgs& a, double* sums, int64_t begin, i
       double* sum = sums + row * 2 * a.C;
       for (int64_t c = 0; c < 2 * a.C; c++) sum[c] = 0;
       for_winners(a.winners + row * bytes, a.n, a.C, a.inner, [&](int64_t u, int64_t c) {
-        const double gradient = double(to_acc(g[u]));
+        const int64_t at = place_of(a.places, u);
+        const double gradient = double(to_acc(g[at]));
         sum[c] += gradient;
-        sum[a.C + c] += gradient * double(to_acc(y[u]));
+        sum[a.C + c] += gradient * double(to_acc(y[at]));
       });
     }
   });
@@ -306,7 +314,7 @@ inline void norm_grad(const NormGradArgs& a, const double* means, int64_t begin,
       const int32_t* offset = a.offsets + row * a.k;
       for_winners(a.winners + row * bytes, a.n, a.C, a.inner, [&](int64_t u, int64_t c) {
         const int64_t at = *offset++;
-        from_acc(to_acc(x[at]) * linear[c] + constant[c] + scale[c] * to_acc(g[u]), out[at]);
+        from_acc(to_acc(x[at]) * linear[c] + constant[c] + scale[c] * to_acc(g[place_of(a.places, u)]), out[at]);
       });
     }
   });

@@ -105,7 +105,7 @@ def test_functional_and_reference_have_one_signature(name):
 SIGNATURES = {
     "KWinners": "(n, k=None, *, density=None, k_inference_factor=1.5, boost_strength=1.0, boost_strength_factor=1.0,"
     " duty_cycle_period=1000)",
-    "KWinners2d": "(channels, k=None, *, density=None, local=False, conv=None, norm=None, max_pool=1,"
+    "KWinners2d": "(channels, k=None, *, density=None, local=False, conv=None, norm=None, max_pool=1, memory_format=None,"
     " k_inference_factor=1.5, boost_strength=1.0, boost_strength_factor=1.0, duty_cycle_period=1000)",
     "SparseLinear": "(in_features, out_features, bias=True, *, density, group_size=1, sparse_input_grad=False,"
     " device=None, dtype=None)",

@@ -68,6 +68,38 @@ def test_other_ways(options):
     assert torch.equal(one(x), two(nn.functional.max_pool2d(x, 2)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", FORMATS, ids=str)
+@pytest.mark.parametrize("wanted", FORMATS, ids=str)
+@pytest.mark.parametrize("options", [{"k": 37}, {"k": 3, "local": True}, {"density": 1.0}], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_memory_format(dtype, given, wanted, options, norm, pool):
+    """The same values, bits, gradients and duty cycles in the memory format that is asked for."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, 9, 10).to(dtype).to(memory_format=given)
+    layers = [
+        sk.KWinners2d(
+            20,
+            **options,
+            max_pool=pool,
+            norm=nn.BatchNorm2d(20, affine=False, dtype=dtype) if norm else None,
+            memory_format=memory_format,
+        )
+        for memory_format in (None, wanted)
+    ]
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    ys = [layer(x) for layer, x in zip(layers, xs, strict=True)]
+    assert ys[1].is_contiguous(memory_format=wanted)
+    assert torch.equal(ys[0], ys[1])
+    assert torch.equal(layers[0].duty_cycle, layers[1].duty_cycle)
+    for grad_format in FORMATS:  # flattened in PyTorch's order, the gradient comes back contiguous
+        grad_y = torch.randn(ys[0].shape).to(dtype).to(memory_format=grad_format)
+        grads = [torch.autograd.grad(y, x, grad_y, retain_graph=True)[0] for y, x in zip(ys, xs, strict=True)]
+        assert torch.equal(*grads)
+        assert grads[1].count_nonzero() > 0
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     layer = sk.KWinners2d(3, 4, max_pool=2).double().eval()
@@ -76,11 +108,12 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(layer, x)
 
 
+@pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_opcheck(memory_format):
+def test_opcheck(memory_format, contiguous):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6, 6).to(memory_format=memory_format).requires_grad_()
-    args = (x, 7, torch.rand(5), torch.tensor(1.0), 2)
+    args = (x, 7, torch.rand(5), torch.tensor(1.0), 2, contiguous)
     torch.library.opcheck(torch.ops.sparsekern.max_pool_k_winners2d, (args[0].detach(), *args[1:]))
     y, winners, offsets, _ = torch.ops.sparsekern.max_pool_k_winners2d(*args)
     channels_last = memory_format == torch.channels_last
@@ -111,6 +144,12 @@ def test_compiles():
 def test_refuses_windows(max_pool):
     with pytest.raises((ValueError, TypeError), match="max_pool"):
         sk.KWinners2d(4, 2, max_pool=max_pool)
+
+
+@pytest.mark.parametrize("memory_format", [torch.preserve_format, torch.channels_last_3d, "channels_last"], ids=str)
+def test_refuses_memory_formats(memory_format):
+    with pytest.raises(TypeError, match="memory_format, got"):
+        sk.KWinners2d(4, 2, memory_format=memory_format)
 
 
 def test_refuses_small_maps():

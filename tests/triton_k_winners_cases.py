@@ -125,19 +125,18 @@ def test_k_winners_duty_cycle(channels, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_k_winners_of_a_pooled_map(channels_last, dtype):
+@pytest.mark.parametrize(("channels_last", "contiguous"), [(False, False), (True, False), (True, True)])
+def test_k_winners_of_a_pooled_map(channels_last, contiguous, dtype):
     for values, shape, pool, k in (("ties", (2, 5, 6, 7), 2, 4), ("specials", (2, 3, 7, 9), 3, 9)):
         x = VALUES[values](shape[0], shape[1] * shape[2] * shape[3], dtype).view(shape)
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-        arguments = (k, torch.rand(shape[1]), torch.tensor(1.5), pool)
+        arguments = (k, torch.rand(shape[1]), torch.tensor(1.5), pool, contiguous)
         got, wanted = (ops.max_pool_k_winners2d(x, *arguments) for ops in (body, reference))
         for name, a, b in zip(("y", "winners", "offsets", "counts"), got, wanted, strict=True):
             assert_same_bits(a, b, f"{name}, {values}")
         assert got[0].stride() == wanted[0].stride()
         y, winners, offsets, _ = wanted
-        grad_y = torch.randn(y.shape).to(dtype)
-        grad_y = grad_y.contiguous(memory_format=torch.channels_last) if channels_last else grad_y
+        grad_y = torch.empty_like(y).copy_(torch.randn(y.shape))
         grads = [
             ops.max_pool_k_winners2d_backward(grad_y, winners, offsets, *shape[2:], channels_last)
             for ops in (body, reference)

@@ -331,17 +331,19 @@ class KWinners2d(_KWinnersBase):
             its gradient in training cannot be differentiated again.
         max_pool: the side of the windows whose maxima compete, as behind ``nn.MaxPool2d(max_pool)`` but in one pass,
             whose backward touches the winners alone; 1 for no pooling.
+        memory_format: of the result, ``torch.contiguous_format`` or ``torch.channels_last``; None for x's. Contiguous
+            where ``nn.Flatten`` follows, which then copies nothing.
         k_inference_factor, boost_strength, boost_strength_factor, duty_cycle_period: as in :class:`KWinners`.
 
     Shape: x, or what conv makes of it, (B, C, H, W) of any floating-point dtype -> (B, C, H // max_pool, W // max_pool), in
-    the same memory format.
+    the same memory format unless another is asked for.
 
     Buffers: ``duty_cycle`` (C,) float32, ``samples_seen`` () int64 and ``boost_strength`` () float32.
 
     Raises:
         ValueError: as :class:`KWinners`; in a call, an x that is not (B, C, H, W), maps smaller than the window, k above
             the number of units.
-        TypeError: as :class:`KWinners`; a conv or norm that is no module.
+        TypeError: as :class:`KWinners`; a conv or norm that is no module; another memory_format.
     """
 
     def __init__(
@@ -354,6 +356,7 @@ class KWinners2d(_KWinnersBase):
         conv: nn.Module | None = None,
         norm: nn.Module | None = None,
         max_pool: int = 1,
+        memory_format: torch.memory_format | None = None,
         k_inference_factor: float = 1.5,
         boost_strength: float = 1.0,
         boost_strength_factor: float = 1.0,
@@ -364,6 +367,11 @@ class KWinners2d(_KWinnersBase):
         for name, module in (("conv", conv), ("norm", norm)):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"KWinners2d: wants a module or None for {name}, got {type(module).__name__}")
+        if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+            raise TypeError(
+                f"KWinners2d: wants torch.contiguous_format, torch.channels_last or None for memory_format, "
+                f"got {memory_format!r}"
+            )
         super().__init__(
             channels if local else None,
             channels,
@@ -377,6 +385,7 @@ class KWinners2d(_KWinnersBase):
         self.channels = channels
         self.local = local
         self.max_pool = max_pool
+        self.memory_format = memory_format
         self.conv = conv
         self.norm = norm
         self._units: int | None = channels if local else None  # of the last map seen; for max_entropy
@@ -418,29 +427,33 @@ class KWinners2d(_KWinnersBase):
         if pool > 1 and not fused:
             x = nn.functional.max_pool2d(x, pool)
         if relu:
-            return torch.relu(x)
+            return self._laid_out(torch.relu(x))
         # A compiled layer would be compiled again for each size; to set an attribute of a module takes 1.5 us.
         if not torch.compiler.is_compiling() and self._units != n:
             self._units = n
         y, counts = self._choose(x, n, conv if conv_fused else None, norm if norm_fused else None, fused)
         if self.training and locations > 0:
             self._update_duty_cycle(counts, locations if local else 1, locations)
-        return y
+        return self._laid_out(y)
+
+    def _laid_out(self, y: Tensor) -> Tensor:
+        return y if self.memory_format is None else y.contiguous(memory_format=self.memory_format)
 
     def _choose(
         self, x: Tensor, n: int, conv: nn.Module | None, norm: nn.BatchNorm2d | None, fused: bool
     ) -> tuple[Tensor, Tensor]:
         """The winners and the counts, behind what was not applied yet of convolution, norm and, if fused, pooling."""
         choice = (self._k(n), self._boosting_duty_cycle(x), self._buffers["boost_strength"])
+        pooling = (self.max_pool, self.memory_format is torch.contiguous_format)
         if conv is not None:
             return _choose_convolved(x, conv, norm, choice)
         if norm is not None:
             x = _dense_format(x)
             by = _norm_by_running(norm, torch.promote_types(x.dtype, torch.float32))
             mean, scale = by or _norm_by_moments(norm, *channel_moments(x.detach()), x[:, 0].numel())
-            return norm_max_pool_k_winners2d_counted(x, mean, scale, *choice, self.max_pool)
+            return norm_max_pool_k_winners2d_counted(x, mean, scale, *choice, *pooling)
         if fused:
-            return max_pool_k_winners2d_counted(x, *choice, self.max_pool)
+            return max_pool_k_winners2d_counted(x, *choice, *pooling)
         return k_winners2d_counted(x, *choice, self.local)
 
     def _max_entropy_density(self) -> float:
@@ -454,7 +467,8 @@ class KWinners2d(_KWinnersBase):
 
     def extra_repr(self) -> str:
         pooling = f", max_pool={self.max_pool}" if self.max_pool > 1 else ""
-        return f"{self.channels}, {super().extra_repr()}" + (", local=True" if self.local else "") + pooling
+        layout = f", memory_format={self.memory_format}" if self.memory_format is not None else ""
+        return f"{self.channels}, {super().extra_repr()}" + (", local=True" if self.local else "") + pooling + layout
 
 
 def step_boost_strength(model: nn.Module) -> None:

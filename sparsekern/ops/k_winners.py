@@ -18,10 +18,10 @@ def _k_winners_fake(x, k, duty_cycle, boost_strength, channels, inner):
     return torch.empty_like(x), winners, x.new_empty((channels + 1,), dtype=torch.int64)
 
 
-def _max_pool_k_winners2d_fake(x, k, duty_cycle, boost_strength, pool):
+def _max_pool_k_winners2d_fake(x, k, duty_cycle, boost_strength, pool, contiguous=False):
     B, C, H, W = x.shape
     P, Q = H // pool, W // pool
-    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    memory_format = torch.contiguous_format if contiguous or x.is_contiguous() else torch.channels_last
     y = torch.empty((B, C, P, Q), dtype=x.dtype, device=x.device, memory_format=memory_format)
     winners = x.new_empty((B, (C * P * Q + 15) // 16 * 2), dtype=torch.uint8)
     return y, winners, x.new_empty((B, k), dtype=torch.int32), x.new_empty((C + 1,), dtype=torch.int64)
@@ -56,10 +56,11 @@ define(
     fake=lambda grad_y, winners: torch.empty_like(grad_y),
 )
 # k-winners of the maxima of pool x pool windows (what does not fill a window is left out); x contiguous or
-# channels-last, and so is y. `offsets` says where in its map each winner was taken from, in the order of y's memory.
+# channels-last, and so is y unless it is to be contiguous. Units are in the order of x's memory: `winners`, and
+# `offsets`, which says where in its map each winner was taken from. grad_y may be contiguous in any case.
 define(
-    "max_pool_k_winners2d(Tensor x, SymInt k, Tensor? duty_cycle, Tensor? boost_strength, int pool)"
-    " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
+    "max_pool_k_winners2d(Tensor x, SymInt k, Tensor? duty_cycle, Tensor? boost_strength, int pool,"
+    " bool contiguous=False) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.max_pool_k_winners2d,
     fake=_max_pool_k_winners2d_fake,
 )
@@ -71,7 +72,8 @@ define(
 )
 # Batch norm without learned scale and shift, pooling and k-winners: each channel's mean and variance over (B, H, W) in
 # float32 (float64 of float64); then k-winners of the maxima of (x - mean) * scale, rounded to x's type, where pooling may
-# come first as scale > 0; and the gradient for scale = 1 / deviation and mean taken from x itself.
+# come first as scale > 0; and the gradient for scale = 1 / deviation and mean taken from x itself, grad_y in y's memory
+# format.
 define(
     "channel_moments(Tensor x) -> (Tensor mean, Tensor variance)",
     reference=reference.channel_moments,
@@ -79,7 +81,7 @@ define(
 )
 define(
     "norm_max_pool_k_winners2d(Tensor x, Tensor mean, Tensor scale, SymInt k, Tensor? duty_cycle, Tensor? boost_strength,"
-    " int pool) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
+    " int pool, bool contiguous=False) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.norm_max_pool_k_winners2d,
     fake=lambda x, mean, scale, *args: _max_pool_k_winners2d_fake(x, *args),
 )
@@ -154,8 +156,8 @@ class MaxPoolKWinners2dFunction(Function):
     """(B, C, H, W) -> the output, the winners' bits and offsets and the channels' counts, as the op."""
 
     @staticmethod
-    def forward(x, k, duty_cycle, boost_strength, pool):
-        return _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+    def forward(x, k, duty_cycle, boost_strength, pool, contiguous):
+        return _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool, contiguous)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -170,22 +172,23 @@ class MaxPoolKWinners2dFunction(Function):
     @staticmethod
     def backward(ctx, grad_y, grad_winners, grad_offsets, grad_counts):
         if grad_y is None:
-            return (None,) * 5
+            return (None,) * 6
         winners, offsets = ctx.saved_tensors
         if grad_y.requires_grad and torch.is_grad_enabled():  # a second derivative is asked for
             body = reference.max_pool_k_winners2d_backward
         else:
             body = _max_pool_k_winners2d_backward
-        grad_y = grad_y.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format)
-        return body(grad_y, winners, offsets, *ctx.size, ctx.channels_last), None, None, None, None
+        if not (ctx.channels_last and _check.is_channels_last(grad_y)):
+            grad_y = grad_y.contiguous()
+        return body(grad_y, winners, offsets, *ctx.size, ctx.channels_last), None, None, None, None, None
 
 
 class NormMaxPoolKWinners2dFunction(Function):
     """The op on a map with its own mean and scale (batch norm in training), which its gradient goes through."""
 
     @staticmethod
-    def forward(x, mean, scale, k, duty_cycle, boost_strength, pool):
-        return _norm_max_pool_k_winners2d(x, mean, scale, k, duty_cycle, boost_strength, pool)
+    def forward(x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous):
+        return _norm_max_pool_k_winners2d(x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -199,12 +202,11 @@ class NormMaxPoolKWinners2dFunction(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_winners, grad_offsets, grad_counts):
         if grad_y is None:
-            return (None,) * 7
+            return (None,) * 8
         y, winners, offsets, x, mean, scale = ctx.saved_tensors
-        channels_last = not x.is_contiguous()
-        grad_y = grad_y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        grad_y = grad_y.contiguous(memory_format=torch.contiguous_format if y.is_contiguous() else torch.channels_last)
         grad_x = _norm_max_pool_k_winners2d_backward(grad_y, y, winners, offsets, x, mean, scale)
-        return grad_x, None, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None, None
 
 
 def k_winners_rows(x, k, duty_cycle, boost_strength, channels, inner) -> tuple[Tensor, Tensor]:
@@ -278,24 +280,26 @@ def k_winners2d_counted(x, k, duty_cycle, boost_strength, local, *, rows=k_winne
     return (y if channels_last else y.contiguous()), counts
 
 
-def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor, Tensor]:
+def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool, contiguous) -> tuple[Tensor, Tensor]:
     """k-winners over the pooled map of each sample, and the channels' counts (see the op); the layer checked x."""
     _, C, H, W = x.shape
     check_k_winners("k_winners2d", x, k, C * (H // pool) * (W // pool), duty_cycle, C)
     if not x.is_contiguous() and not _check.is_channels_last(x):
         x = x.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
-        y, _, _, counts = MaxPoolKWinners2dFunction.apply(x, k, duty_cycle, boost_strength, pool)
+        y, _, _, counts = MaxPoolKWinners2dFunction.apply(x, k, duty_cycle, boost_strength, pool, contiguous)
     else:
-        y, _, _, counts = _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+        y, _, _, counts = _max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool, contiguous)
     return y, counts
 
 
-def norm_max_pool_k_winners2d_counted(x, mean, scale, k, duty_cycle, boost_strength, pool) -> tuple[Tensor, Tensor]:
+def norm_max_pool_k_winners2d_counted(
+    x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous
+) -> tuple[Tensor, Tensor]:
     """The same behind batch norm by x's own mean and scale (C,), which may not need a gradient of a gradient."""
     _, C, H, W = x.shape
     check_k_winners("k_winners2d", x, k, C * (H // pool) * (W // pool), duty_cycle, C)
-    args = (x, mean, scale, k, duty_cycle, boost_strength, pool)
+    args = (x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous)
     if x.requires_grad and torch.is_grad_enabled():
         y, _, _, counts = NormMaxPoolKWinners2dFunction.apply(*args)
     else:

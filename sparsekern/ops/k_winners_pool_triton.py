@@ -106,12 +106,14 @@ def row_block(n: int) -> int:
     return min(next_power_of_2(max(n, 128)), 2048)
 
 
-def max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def max_pool_k_winners2d(
+    x, k, duty_cycle, boost_strength, pool, contiguous=False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, C, H, W = x.shape
     P, Q = H // pool, W // pool
     n = C * P * Q
     if x.dtype == torch.float64 or x.numel() == 0 or n == 0 or k == 0 or C * H * W > MAX_N:
-        return reference.max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+        return reference.max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool, contiguous)
     channels_last = not x.is_contiguous()
     pooled = torch.empty((B, n), dtype=x.dtype, device=x.device)
     taken = torch.empty((B, n), dtype=torch.int32, device=x.device)
@@ -122,7 +124,8 @@ def max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool) -> tuple[Tensor
         y, winners, counts = k_winners(pooled, k, duty_cycle, boost_strength, C, 1 if channels_last else P * Q)
         offsets = torch.empty((B, k), dtype=torch.int32, device=x.device)
         _winner_offsets_kernel[(B,)](winners, taken, offsets, n, k, winners.shape[1], BLOCK=row_block(n), num_warps=4)
-    return reference.from_map_rows(y, (B, C, P, Q), channels_last), winners, offsets, counts
+    y = reference.from_map_rows(y, (B, C, P, Q), channels_last)
+    return y.contiguous() if contiguous else y, winners, offsets, counts
 
 
 def max_pool_k_winners2d_backward(grad_y, winners, offsets, height, width, channels_last) -> Tensor:
@@ -130,6 +133,7 @@ def max_pool_k_winners2d_backward(grad_y, winners, offsets, height, width, chann
     n, size = C * P * Q, C * height * width
     if grad_y.numel() == 0 or offsets.numel() == 0:
         return reference.max_pool_k_winners2d_backward(grad_y, winners, offsets, height, width, channels_last)
+    grad_y = grad_y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     grad_x = torch.zeros((B, size), dtype=grad_y.dtype, device=grad_y.device)
     with on_device(grad_y):
         _max_pool_backward_kernel[(B,)](

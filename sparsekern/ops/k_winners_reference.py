@@ -85,13 +85,15 @@ def max_pool_k_winners2d(
     duty_cycle: Tensor | None,  # (C,)
     boost_strength: Tensor | None,  # () float32
     pool: int,
+    contiguous: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels_last = not x.is_contiguous()
     pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)
     inner = 1 if channels_last else pooled.shape[2] * pooled.shape[3]
     y, winners, counts = k_winners(map_rows(pooled, channels_last), k, duty_cycle, boost_strength, x.shape[1], inner)
     offsets = winners_offsets(taken, winners, k, x.shape, channels_last)
-    return from_map_rows(y, pooled.shape, channels_last), winners, offsets, counts
+    y = from_map_rows(y, pooled.shape, channels_last)
+    return y.contiguous() if contiguous else y, winners, offsets, counts
 
 
 def winners_offsets(taken: Tensor, winners: Tensor, k: int, shape: torch.Size, channels_last: bool) -> Tensor:
@@ -141,6 +143,7 @@ def norm_max_pool_k_winners2d(
     duty_cycle: Tensor | None,  # (C,)
     boost_strength: Tensor | None,  # () float32
     pool: int,
+    contiguous: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels_last = not x.is_contiguous()
     pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)
@@ -148,7 +151,8 @@ def norm_max_pool_k_winners2d(
     inner = 1 if channels_last else units.shape[2] * units.shape[3]
     y, winners, counts = k_winners(map_rows(units, channels_last), k, duty_cycle, boost_strength, x.shape[1], inner)
     offsets = winners_offsets(taken, winners, k, x.shape, channels_last)
-    return from_map_rows(y, units.shape, channels_last), winners, offsets, counts
+    y = from_map_rows(y, units.shape, channels_last)
+    return y.contiguous() if contiguous else y, winners, offsets, counts
 
 
 def norm_max_pool_k_winners2d_backward(

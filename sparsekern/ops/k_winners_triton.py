@@ -379,10 +379,11 @@ def max_pool_k_winners2d(
     duty_cycle: Tensor | None,  # (C,)
     boost_strength: Tensor | None,  # () float32
     pool: int,
+    contiguous: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sparsekern.ops import k_winners_pool_triton as pooling
 
-    return pooling.max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool)
+    return pooling.max_pool_k_winners2d(x, k, duty_cycle, boost_strength, pool, contiguous)
 
 
 def max_pool_k_winners2d_backward(

@@ -120,8 +120,15 @@ def build(network: Network, *, group_size: int = 1, plain: bool = False, dense: 
         if behind_k_winners and not plain:
             if i > 1:
                 layers[f"conv{i}"] = conv
+            last = i == len(network.filters)  # and flattened
             layers[f"winners{i}"] = sk.KWinners2d(
-                filters, k, conv=conv if i == 1 else None, norm=norm, max_pool=POOL, **_boosting(network)
+                filters,
+                k,
+                conv=conv if i == 1 else None,
+                norm=norm,
+                max_pool=POOL,
+                memory_format=torch.contiguous_format if last else None,
+                **_boosting(network),
             )
         else:
             layers[f"conv{i}"] = conv
