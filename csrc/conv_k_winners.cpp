@@ -35,7 +35,7 @@ std::optional<Tensor> dense(const std::optional<Tensor>& t) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_max_pool_k_winners2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
     const std::optional<Tensor>& scale, int64_t k, const std::optional<Tensor>& duty_cycle,
-    const std::optional<Tensor>& boost_strength, bool want_offsets) {
+    const std::optional<Tensor>& boost_strength, bool want_offsets, std::optional<double> eps) {
   const int64_t B = x.size(0), C = weight.size(0), taps = weight.size(2) * weight.size(3);
   ConvKWinnersArgs args = arguments(x, C, weight.size(2), weight.size(3), k);
   PooledArgs& pooled = args.pooled;
@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_max_pool_k_winners2d(
   Tensor winners = empty(ScalarType::Byte, {B, (n + 15) / 16 * 2});
   Tensor offsets = empty(ScalarType::Int, {B, want_offsets ? k : 0});
   Tensor counts = zeros(ScalarType::Long, {C + 1});
-  const std::optional<Tensor> means = dense(mean), scales = dense(scale), biases = dense(bias);
+  const std::optional<Tensor> means = dense(mean), biases = dense(bias);
+  const std::optional<Tensor> scales = scale && eps ? inverse_deviation(*scale, *eps) : dense(scale);
   pooled.rows.y = y.data_ptr(), pooled.rows.winners = static_cast<uint8_t*>(winners.data_ptr());
   pooled.rows.factors = boost_factors(duty_cycle, boost_strength, k, n, C, 1);
   pooled.offsets = want_offsets ? static_cast<int32_t*>(offsets.data_ptr()) : nullptr;

@@ -65,8 +65,8 @@ Pooled max_pool_k_winners2d(const Tensor& x, int64_t k, const std::optional<Tens
 
 Pooled norm_max_pool_k_winners2d(const Tensor& x, const Tensor& mean, const Tensor& scale, int64_t k,
                                  const std::optional<Tensor>& duty_cycle, const std::optional<Tensor>& boost_strength,
-                                 int64_t pool, bool contiguous) {
-  const Tensor mean_values = unstrided(mean), scale_values = unstrided(scale);
+                                 int64_t pool, bool contiguous, std::optional<double> eps) {
+  const Tensor mean_values = unstrided(mean), scale_values = eps ? inverse_deviation(scale, *eps) : unstrided(scale);
   return pooled(x, mean_values.data_ptr(), scale_values.data_ptr(), k, duty_cycle, boost_strength, pool,
                 contiguous);
 }

@@ -1,6 +1,7 @@
 // What the registrations of k-winners share: the boost factors, and how rows are cut into parts.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "k_winners.h"
@@ -27,6 +28,19 @@ const float* boost_factors(const std::optional<Tensor>& duty_cycle, const std::o
       .boost_factors(static_cast<const float*>(duty.data_ptr()), double(k) / double(n), strength, channels, inner, n,
                      factors);
   return factors;
+}
+
+// 1 / sqrt(variance + eps) of float32 or float64.
+Tensor inverse_deviation(const Tensor& variance, double eps) {
+  const Tensor from = unstrided(variance);
+  Tensor to = empty(variance.scalar_type(), {variance.numel()});
+  const auto fill = [&]<class A>(const A* v, A* scale) {
+    for (int64_t c = 0; c < variance.numel(); c++) scale[c] = A(1) / std::sqrt(v[c] + A(eps));
+  };
+  if (variance.scalar_type() == ScalarType::Double)
+    fill(static_cast<const double*>(from.data_ptr()), static_cast<double*>(to.data_ptr()));
+  else fill(static_cast<const float*>(from.data_ptr()), static_cast<float*>(to.data_ptr()));
+  return to;
 }
 
 // Calls run(begin, end, counts) for all rows. Each chunk of rows counts for itself, so that counting needs no atomics.

@@ -83,6 +83,28 @@ def test_half_precision(dtype, memory_format):
     torch.testing.assert_close(a, w, rtol=2 * UNIT_ROUNDOFF[dtype], atol=allowed(torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_by_a_variance(dtype, memory_format, contiguous):
+    """With eps the op forms the scale itself: a sum, a root and a quotient, each rounded once, as on the other side."""
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE).to(dtype).to(memory_format=memory_format)
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, variance, eps = torch.randn(SHAPE[1], dtype=wide), torch.rand(SHAPE[1], dtype=wide), 0.01
+    choice = (K, torch.rand(SHAPE[1]), torch.tensor(1.0), POOL, contiguous)
+    op = torch.ops.sparsekern.norm_max_pool_k_winners2d
+    torch.library.opcheck(op, (x, mean, variance, *choice, eps))
+    (y, *others), (wanted_y, *wanted) = (
+        op(x, mean, variance, *choice, eps),
+        op(x, mean, torch.rsqrt(variance + eps), *choice),
+    )
+    # Rounding the sum moves the root by half of that; root, quotient and product are rounded, too, on both sides.
+    torch.testing.assert_close(y, wanted_y, rtol=2 * (3.5 * UNIT_ROUNDOFF[wide] + UNIT_ROUNDOFF[dtype]), atol=0)
+    assert y.stride() == wanted_y.stride()
+    assert all(torch.equal(*pair) for pair in zip(others, wanted, strict=True))
+
+
 def test_other_norms_run_as_they_are():
     torch.manual_seed(0)
     x = torch.randn(SHAPE)

@@ -269,25 +269,28 @@ def _dense_format(x: Tensor) -> Tensor:
     return x if _check.is_channels_last(x) else x.contiguous()
 
 
-def _norm_by_running(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """What batch norm takes from its input and multiplies by, by channel; None where those are the input's own."""
+def _norm_by_running(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+    """The mean, variance and eps that batch norm goes by, by channel; None where the first two are the input's own."""
     mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
     if norm.training or mean is None:
         return None
     if mean.dtype is not dtype:
         mean, variance = mean.to(dtype), variance.to(dtype)
-    return mean, variance.add(norm.eps).rsqrt_()
+    return mean, variance, norm.eps
 
 
 @torch.no_grad()
-def _norm_by_moments(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The same by the moments of an input of n values a channel; moves the running moments as the module would."""
+def _norm_by_moments(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, n: int) -> tuple[Tensor, Tensor, None]:
+    """The mean and what to multiply by, by the moments of an input of n values a channel.
+
+    Moves the running moments as the module would.
+    """
     if norm.training and norm.track_running_stats:
         norm.num_batches_tracked.add_(1)
         for running, new in ((norm.running_mean, mean), (norm.running_var, variance * (n / (n - 1)))):
             step = new.to(running.dtype) - running
             running.add_(step / norm.num_batches_tracked if norm.momentum is None else step * norm.momentum)
-    return mean, torch.rsqrt(variance + norm.eps)
+    return mean, torch.rsqrt(variance + norm.eps), None
 
 
 def _map_size(x: Tensor, conv: nn.Module | None) -> tuple[int, int, int]:
@@ -450,8 +453,8 @@ class KWinners2d(_KWinnersBase):
         if norm is not None:
             x = _dense_format(x)
             by = _norm_by_running(norm, torch.promote_types(x.dtype, torch.float32))
-            mean, scale = by or _norm_by_moments(norm, *channel_moments(x.detach()), x[:, 0].numel())
-            return norm_max_pool_k_winners2d_counted(x, mean, scale, *choice, *pooling)
+            by = by or _norm_by_moments(norm, *channel_moments(x.detach()), x[:, 0].numel())
+            return norm_max_pool_k_winners2d_counted(x, *by, *choice, *pooling)
         if fused:
             return max_pool_k_winners2d_counted(x, *choice, *pooling)
         return k_winners2d_counted(x, *choice, self.local)

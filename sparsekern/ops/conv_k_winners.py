@@ -15,7 +15,9 @@ from sparsekern.ops._library import Function, define
 from sparsekern.ops.k_winners import check_k_winners
 
 
-def _conv_max_pool_k_winners2d_fake(x, weight, bias, mean, scale, k, duty_cycle, boost_strength, want_offsets=True):
+def _conv_max_pool_k_winners2d_fake(
+    x, weight, bias, mean, scale, k, duty_cycle, boost_strength, want_offsets=True, eps=None
+):
     B, C = x.shape[0], weight.shape[0]
     P, Q = ((x.shape[d] - weight.shape[d] + 1) // 2 for d in (2, 3))
     y = torch.empty((B, C, P, Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -30,10 +32,11 @@ def _side(kernel_size) -> int:
 
 # x (B, 1, H, W) and weight (C, 1, KH, KW), contiguous, as `serves` wants them. y and the convolution's map, in which
 # `offsets` count, are channels-last. With mean and scale (C,) the units are those of (z - mean) * scale, scale > 0, of
-# the map z. Only the gradient wants offsets; without them they are (B, 0).
+# the map z; with eps, scale is the variance that it is 1 / sqrt(variance + eps) of. Only the gradient wants offsets;
+# without them they are (B, 0).
 define(
     "conv_max_pool_k_winners2d(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? scale, SymInt k,"
-    " Tensor? duty_cycle, Tensor? boost_strength, bool want_offsets=True)"
+    " Tensor? duty_cycle, Tensor? boost_strength, bool want_offsets=True, float? eps=None)"
     " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.conv_max_pool_k_winners2d,
     fake=_conv_max_pool_k_winners2d_fake,
@@ -175,16 +178,17 @@ def conv_max_pool_k_winners2d_counted(x, weight, bias, k, duty_cycle, boost_stre
 
 
 def conv_norm_max_pool_k_winners2d_counted(
-    x, weight, bias, mean, scale, moments, k, duty_cycle, boost_strength
+    x, weight, bias, mean, scale, eps, moments, k, duty_cycle, boost_strength
 ) -> tuple[Tensor, Tensor]:
-    """The same behind batch norm by mean and scale (C,); with moments by the map's own, which they are part of."""
+    """The same behind batch norm by mean and scale (C,); with moments by the map's own, which they are part of, and
+    differentiably; else with eps and a variance in place of the scale."""
     x, weight = x.contiguous(), weight.contiguous()
     _check(x, weight, k, duty_cycle)
     args = (k, duty_cycle, boost_strength)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         y, _, _, counts = ConvNormMaxPoolKWinners2dFunction.apply(x, weight, bias, mean, scale, moments, *args)
     else:
-        y, _, _, counts = _forward(x, weight, bias, mean, scale, *args, False)
+        y, _, _, counts = _forward(x, weight, bias, mean, scale, *args, False, eps)
     return y, counts
 
 

@@ -13,18 +13,20 @@ def conv_max_pool_k_winners2d(
     weight: Tensor,  # (C, 1, KH, KW)
     bias: Tensor | None,  # (C,)
     mean: Tensor | None,  # (C,)
-    scale: Tensor | None,  # (C,), above 0
+    scale: Tensor | None,  # (C,), above 0; with eps the variance
     k: int,
     duty_cycle: Tensor | None,  # (C,)
     boost_strength: Tensor | None,  # () float32
     want_offsets: bool = True,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = torch.nn.functional.conv2d(x, weight, bias)
     z = z.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     if mean is None:
         y, winners, offsets, counts = pooled.max_pool_k_winners2d(z, k, duty_cycle, boost_strength, 2)
     else:
-        y, winners, offsets, counts = pooled.norm_max_pool_k_winners2d(z, mean, scale, k, duty_cycle, boost_strength, 2)
+        args = (z, mean, scale, k, duty_cycle, boost_strength, 2, False, eps)
+        y, winners, offsets, counts = pooled.norm_max_pool_k_winners2d(*args)
     return y, winners, offsets if want_offsets else offsets.new_empty((len(x), 0)), counts
 
 

@@ -27,6 +27,10 @@ def _max_pool_k_winners2d_fake(x, k, duty_cycle, boost_strength, pool, contiguou
     return y, winners, x.new_empty((B, k), dtype=torch.int32), x.new_empty((C + 1,), dtype=torch.int64)
 
 
+def _norm_max_pool_k_winners2d_fake(x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous=False, eps=None):
+    return _max_pool_k_winners2d_fake(x, k, duty_cycle, boost_strength, pool, contiguous)
+
+
 def _max_pool_k_winners2d_backward_fake(grad_y, winners, offsets, height, width, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (*grad_y.shape[:2], height, width)
@@ -72,8 +76,8 @@ define(
 )
 # Batch norm without learned scale and shift, pooling and k-winners: each channel's mean and variance over (B, H, W) in
 # float32 (float64 of float64); then k-winners of the maxima of (x - mean) * scale, rounded to x's type, where pooling may
-# come first as scale > 0; and the gradient for scale = 1 / deviation and mean taken from x itself, grad_y in y's memory
-# format.
+# come first as scale > 0 (with eps, scale is the variance that it is 1 / sqrt(variance + eps) of); and the gradient for
+# scale = 1 / deviation and mean taken from x itself, grad_y in y's memory format.
 define(
     "channel_moments(Tensor x) -> (Tensor mean, Tensor variance)",
     reference=reference.channel_moments,
@@ -81,9 +85,10 @@ define(
 )
 define(
     "norm_max_pool_k_winners2d(Tensor x, Tensor mean, Tensor scale, SymInt k, Tensor? duty_cycle, Tensor? boost_strength,"
-    " int pool, bool contiguous=False) -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
+    " int pool, bool contiguous=False, float? eps=None)"
+    " -> (Tensor y, Tensor winners, Tensor offsets, Tensor counts)",
     reference=reference.norm_max_pool_k_winners2d,
-    fake=lambda x, mean, scale, *args: _max_pool_k_winners2d_fake(x, *args),
+    fake=_norm_max_pool_k_winners2d_fake,
 )
 define(
     "norm_max_pool_k_winners2d_backward(Tensor grad_y, Tensor y, Tensor winners, Tensor offsets, Tensor x, Tensor mean,"
@@ -294,16 +299,16 @@ def max_pool_k_winners2d_counted(x, k, duty_cycle, boost_strength, pool, contigu
 
 
 def norm_max_pool_k_winners2d_counted(
-    x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous
+    x, mean, scale, eps, k, duty_cycle, boost_strength, pool, contiguous
 ) -> tuple[Tensor, Tensor]:
-    """The same behind batch norm by x's own mean and scale (C,), which may not need a gradient of a gradient."""
+    """The same behind batch norm by mean and scale (C,): x's own, and no gradient of a gradient, unless eps is given."""
     _, C, H, W = x.shape
     check_k_winners("k_winners2d", x, k, C * (H // pool) * (W // pool), duty_cycle, C)
     args = (x, mean, scale, k, duty_cycle, boost_strength, pool, contiguous)
     if x.requires_grad and torch.is_grad_enabled():
         y, _, _, counts = NormMaxPoolKWinners2dFunction.apply(*args)
     else:
-        y, _, _, counts = _norm_max_pool_k_winners2d(*args)
+        y, _, _, counts = _norm_max_pool_k_winners2d(*args, eps)
     return y, counts
 
 

@@ -138,13 +138,15 @@ def normalise(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
 def norm_max_pool_k_winners2d(
     x: Tensor,  # (B, C, H, W)
     mean: Tensor,  # (C,) float32, or float64 for float64
-    scale: Tensor,  # (C,), above 0
+    scale: Tensor,  # (C,), above 0; with eps the variance
     k: int,
     duty_cycle: Tensor | None,  # (C,)
     boost_strength: Tensor | None,  # () float32
     pool: int,
     contiguous: bool = False,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale = scale if eps is None else torch.rsqrt(scale + eps)
     channels_last = not x.is_contiguous()
     pooled, taken = torch.nn.functional.max_pool2d(x, pool, return_indices=True)
     units = normalise(pooled, mean, scale)
