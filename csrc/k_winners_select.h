@@ -76,11 +76,12 @@ template <class K> SPARSEKERN_INLINE int64_t compress(const K* keys, uint32_t bi
 #if defined(__AVX512F__)
   // Compressed in a register and stored whole: compressing into memory is microcoded on Zen 4.
   if constexpr (sizeof(K) == 4) {
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(__mmask16(bits), _mm512_loadu_si512(keys)));
+    _mm512_storeu_si512(out, _mm512_mask_compress_epi32(fresh(), __mmask16(bits), _mm512_loadu_si512(keys)));
   } else {
     const __m512i low = _mm512_loadu_si512(keys), high = _mm512_loadu_si512(keys + 8);
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(__mmask8(bits), low));
-    _mm512_storeu_si512(out + __builtin_popcount(bits & 0xff), _mm512_maskz_compress_epi64(__mmask8(bits >> 8), high));
+    _mm512_storeu_si512(out, _mm512_mask_compress_epi64(fresh(), __mmask8(bits), low));
+    out += __builtin_popcount(bits & 0xff);
+    _mm512_storeu_si512(out, _mm512_mask_compress_epi64(fresh(), __mmask8(bits >> 8), high));
   }
   return __builtin_popcount(bits);
 #else

@@ -80,8 +80,8 @@ SPARSEKERN_INLINE int32_t append(const T* p, int64_t n, int32_t c, const Lists<a
   if constexpr (sizeof(A) == 4) {
     const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i channels = _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(c)));
-    _mm512_storeu_ps(lists.value + at, _mm512_maskz_compress_ps(mask, (__m512)v));
+    const __m512i channels = _mm512_mask_compress_epi32(fresh(), mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(c)));
+    _mm512_storeu_ps(lists.value + at, _mm512_mask_compress_ps((__m512)fresh(), mask, (__m512)v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(lists.channel + at), _mm512_cvtepi32_epi16(channels));
     return at + __builtin_popcount(mask);
   }

@@ -12,17 +12,18 @@ constexpr bool kHasExpand = true;
 
 // The elements of v in order, at the lanes of the mask's lowest 16 bits; zeros elsewhere.
 SPARSEKERN_INLINE vec<float> expand(uint64_t mask, vec<float> v) {
-  return (vec<float>)_mm512_maskz_expand_ps(__mmask16(mask), (__m512)v);
+  return (vec<float>)_mm512_mask_expand_ps((__m512)fresh(), __mmask16(mask), (__m512)v);
 }
 SPARSEKERN_INLINE vec<float> pack(uint32_t mask, vec<float> v) {
-  return (vec<float>)_mm512_maskz_compress_ps(__mmask16(mask), (__m512)v);
+  return (vec<float>)_mm512_mask_compress_ps((__m512)fresh(), __mmask16(mask), (__m512)v);
 }
 SPARSEKERN_INLINE vec<double> expand(uint64_t mask, vec<double> v) {
   double in[kLanes];
   __m512d out[2];
   std::memcpy(in, &v, sizeof v);
-  out[0] = _mm512_maskz_expand_pd(__mmask8(mask), _mm512_loadu_pd(in));
-  out[1] = _mm512_maskz_expand_pd(__mmask8(mask >> 8), _mm512_loadu_pd(in + __builtin_popcount(mask & 0xff)));
+  out[0] = _mm512_mask_expand_pd((__m512d)fresh(), __mmask8(mask), _mm512_loadu_pd(in));
+  const double* high = in + __builtin_popcount(mask & 0xff);
+  out[1] = _mm512_mask_expand_pd((__m512d)fresh(), __mmask8(mask >> 8), _mm512_loadu_pd(high));
   std::memcpy(&v, out, sizeof v);
   return v;
 }
@@ -30,8 +31,9 @@ SPARSEKERN_INLINE vec<double> pack(uint32_t mask, vec<double> v) {
   double out[kLanes + 8];
   __m512d in[2];
   std::memcpy(in, &v, sizeof v);
-  _mm512_storeu_pd(out, _mm512_maskz_compress_pd(__mmask8(mask), in[0]));
-  _mm512_storeu_pd(out + __builtin_popcount(mask & 0xff), _mm512_maskz_compress_pd(__mmask8(mask >> 8), in[1]));
+  _mm512_storeu_pd(out, _mm512_mask_compress_pd((__m512d)fresh(), __mmask8(mask), in[0]));
+  double* high = out + __builtin_popcount(mask & 0xff);
+  _mm512_storeu_pd(high, _mm512_mask_compress_pd((__m512d)fresh(), __mmask8(mask >> 8), in[1]));
   std::memcpy(&v, out, sizeof v);
   return v;
 }

@@ -125,7 +125,10 @@ GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bo
     dots = once + (0.06 + 3 / vectors) * rows + (2.75 + 7 / vectors) * active(x, w.inputs);
   }
   const double products = active(grad_y, w.outputs);
-  const double panels = has_register_tiles<T>(w) ? 8.5 + 0.1 * rows + 1.5 * products : 3 + 70 * d + 1.85 * products;
+  const bool wide = panels_together<acc_t<T>>() == 2;
+  const double panels = !has_register_tiles<T>(w) ? 3 + 70 * d + 1.85 * products
+                        : wide                    ? 6 + 0.09 * rows + 0.75 * products
+                                                  : 8.5 + 0.1 * rows + 1.5 * products;
   if (panels < lanes && panels < dots) return GradInput::panels;
   return lanes <= dots ? GradInput::lanes : GradInput::dots;
 }

@@ -12,22 +12,22 @@ namespace {
 template <bool kWhole> SPARSEKERN_INLINE void expand_lanes(uint32_t mask, const float* p, float* out) {
   const __mmask16 first = __mmask16((1u << __builtin_popcount(mask)) - 1);
   const __m512 v = kWhole ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first, p);
-  _mm512_storeu_ps(out, _mm512_maskz_expand_ps(__mmask16(mask), v));
+  _mm512_storeu_ps(out, _mm512_mask_expand_ps((__m512)fresh(), __mmask16(mask), v));
 }
 template <bool kWhole> SPARSEKERN_INLINE void expand_lanes(uint32_t mask, const uint16_t* p, uint16_t* out) {
   const __mmask16 first = __mmask16((1u << __builtin_popcount(mask)) - 1);
   const __m256i v = kWhole ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first, p);
-  const __m512i spread = _mm512_maskz_expand_epi32(__mmask16(mask), _mm512_cvtepu16_epi32(v));
+  const __m512i spread = _mm512_mask_expand_epi32(fresh(), __mmask16(mask), _mm512_cvtepu16_epi32(v));
   _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(spread));
 }
 SPARSEKERN_INLINE void collect_lanes(uint32_t mask, const float* p, float* out) {
   const __mmask16 first = __mmask16((1u << __builtin_popcount(mask)) - 1);
-  _mm512_mask_storeu_ps(out, first, _mm512_maskz_compress_ps(__mmask16(mask), _mm512_loadu_ps(p)));
+  _mm512_mask_storeu_ps(out, first, _mm512_mask_compress_ps((__m512)fresh(), __mmask16(mask), _mm512_loadu_ps(p)));
 }
 SPARSEKERN_INLINE void collect_lanes(uint32_t mask, const uint16_t* p, uint16_t* out) {
   const __mmask16 first = __mmask16((1u << __builtin_popcount(mask)) - 1);
   const __m512i v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  _mm256_mask_storeu_epi16(out, first, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(__mmask16(mask), v)));
+  _mm256_mask_storeu_epi16(out, first, _mm512_cvtepi32_epi16(_mm512_mask_compress_epi32(fresh(), __mmask16(mask), v)));
 }
 
 // The same for `words` times 64 outputs in two bytes, by instructions of newer processors. Reads up to 32 elements from any of
@@ -41,8 +41,8 @@ SPARSEKERN_WORDS inline uint16_t* expand_words(const uint64_t* bits, int64_t wor
   for (int64_t k = 0; k < words; k++, lanes += 64) {
     const uint64_t word = bits[k];
     const int64_t low = __builtin_popcountll(word << 32);
-    _mm512_storeu_si512(lanes, _mm512_maskz_expand_epi16(__mmask32(word), _mm512_loadu_si512(at)));
-    _mm512_storeu_si512(lanes + 32, _mm512_maskz_expand_epi16(__mmask32(word >> 32), _mm512_loadu_si512(at + low)));
+    _mm512_storeu_si512(lanes, _mm512_mask_expand_epi16(fresh(), __mmask32(word), _mm512_loadu_si512(at)));
+    _mm512_storeu_si512(lanes + 32, _mm512_mask_expand_epi16(fresh(), __mmask32(word >> 32), _mm512_loadu_si512(at + low)));
     at += __builtin_popcountll(word);
   }
   return at;
@@ -52,7 +52,7 @@ SPARSEKERN_WORDS inline uint16_t* collect_words(const uint64_t* bits, int64_t wo
     const __mmask32 mask = __mmask32(bits[k / 2] >> (k % 2 * 32));
     const int64_t count = __builtin_popcount(mask);
     const __mmask32 first = __mmask32((uint64_t(1) << count) - 1);
-    _mm512_mask_storeu_epi16(at, first, _mm512_maskz_compress_epi16(mask, _mm512_loadu_si512(lanes)));
+    _mm512_mask_storeu_epi16(at, first, _mm512_mask_compress_epi16(fresh(), mask, _mm512_loadu_si512(lanes)));
     at += count;
   }
   return at;

@@ -48,14 +48,14 @@ class WeightWords {
     if (has_bits(w_)) {
       const uint64_t mask = w_.bits[i * bit_words(w_) + word];
       const int64_t count = __builtin_popcountll(mask << 32), both = __builtin_popcountll(mask);
-      put_first(count, _mm512_maskz_compress_epi16(__mmask32(mask), low), at, grad + last);
-      put_first(both - count, _mm512_maskz_compress_epi16(__mmask32(mask >> 32), high), at + count, grad + last);
+      put_first(count, _mm512_mask_compress_epi16(fresh(), __mmask32(mask), low), at, grad + last);
+      put_first(both - count, _mm512_mask_compress_epi16(fresh(), __mmask32(mask >> 32), high), at + count, grad + last);
       next_[s] += both;
     } else {
       const uint32_t four = sixteens(s, word);
       const int64_t count = kCounts[four & 3], both = count + kCounts[four >> 2];
-      put_first(count, _mm512_maskz_compress_epi64(kQuarters[four & 3], low), at, grad + last);
-      put_first(both - count, _mm512_maskz_compress_epi64(kQuarters[four >> 2], high), at + count, grad + last);
+      put_first(count, _mm512_mask_compress_epi64(fresh(), kQuarters[four & 3], low), at, grad + last);
+      put_first(both - count, _mm512_mask_compress_epi64(fresh(), kQuarters[four >> 2], high), at + count, grad + last);
       next_[s] += both;
     }
     __builtin_prefetch(at + 64, 1), __builtin_prefetch(at + 96, 1);
@@ -85,8 +85,8 @@ class WeightWords {
     const uint64_t mask = w_.bits[i * bit_words(w_) + word];
     const bf16* at = weights_.of_input(i) + next_[s];
     __builtin_prefetch(at + 64), __builtin_prefetch(&w_.bits[i * bit_words(w_) + word + 8]);
-    low = _mm512_maskz_expand_epi16(__mmask32(mask), _mm512_loadu_si512(at));
-    high = _mm512_maskz_expand_epi16(__mmask32(mask >> 32), _mm512_loadu_si512(at + __builtin_popcountll(mask << 32)));
+    low = _mm512_mask_expand_epi16(fresh(), __mmask32(mask), _mm512_loadu_si512(at));
+    high = _mm512_mask_expand_epi16(fresh(), __mmask32(mask >> 32), _mm512_loadu_si512(at + __builtin_popcountll(mask << 32)));
     next_[s] += __builtin_popcountll(mask);
   }
 
@@ -143,7 +143,7 @@ class WeightWords {
   static constexpr uint8_t kCounts[] = {0, 16, 16, 32}, kQuarters[] = {0, 0x0f, 0xf0, 0xff};
   static constexpr uint32_t kLoaded[] = {0, 0xffff, 0xffff, 0xffffffff};
   static SPARSEKERN_PAIRS_INLINE __m512i get_two(uint32_t two, const bf16* at) {
-    return _mm512_maskz_expand_epi64(kQuarters[two], _mm512_maskz_loadu_epi16(kLoaded[two], at));
+    return _mm512_mask_expand_epi64(fresh(), kQuarters[two], _mm512_maskz_loadu_epi16(kLoaded[two], at));
   }
 };
 

@@ -19,44 +19,58 @@ template <class A> constexpr int64_t kTileRows = 320 / int64_t(sizeof(A));
 // Registers of sums that are carried through a loop together: with a broadcast and a product they stay in registers.
 constexpr int kMaxSums = 8;
 
-// sums (rows, kRegs registers; stride) += the listed rows of the tile (kTileRows, kPanel), weighted.
-template <int kRegs, class A>
-void add_panel(RowLists<A> lists, int64_t rows, const A* tile, A* sums, int64_t stride) {
+// Neighbouring panels that are taken together, where a panel's sums are half of what a loop can carry and each multiply-add
+// waits for the last one of its sum: on Zen 5 backward passes take a twentieth to a tenth less, forward ones nothing up to
+// 64 rows and more beyond. Their tiles take 40 KB of the first-level cache's 48; half the rows of each gained nothing.
+template <class A> constexpr int kPanelRegs = int(kPanel / kRegLanes<A>);
+template <class A> int64_t panels_together() { return 2 * kPanelRegs<A> <= kMaxSums && processor().wide ? 2 : 1; }
+
+// Where register i of a row of panels lies, in their tiles or, `step` elements apart, elsewhere.
+template <class A> SPARSEKERN_INLINE int64_t panel_reg(int i, int64_t step = kTileRows<A> * kPanel) {
+  return i / kPanelRegs<A> * step + i % kPanelRegs<A> * kRegLanes<A>;
+}
+
+// The sums (rows, kRegs registers; stride) of each panel, `step` apart, += the listed rows of its tile (kTileRows, kPanel),
+// weighted.
+template <int kPanels, int kRegs, class A>
+void add_panel(RowLists<A> lists, int64_t rows, const A* tile, A* sums, int64_t stride, int64_t step = 0) {
+  constexpr int kAll = kPanels * kRegs;
   for (int64_t s = 0; s < rows; s++) {
     int32_t p = lists.start[s];
     const int32_t end = lists.end[s];
     if (p == end) continue;
-    reg<A> sum[kRegs];
+    reg<A> sum[kAll];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRegs; r++) sum[r] = load_reg(sums + s * stride + r * kRegLanes<A>);
+    for (int i = 0; i < kAll; i++) sum[i] = load_reg(sums + s * stride + panel_reg<A>(i, step));
     for (; p < end; p++) {
       const reg<A> a = lists.value[p] - reg<A>{};
       const A* row = tile + lists.offset[p];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRegs; r++) sum[r] = fma_reg(a, load_reg(row + r * kRegLanes<A>), sum[r]);
+      for (int i = 0; i < kAll; i++) sum[i] = fma_reg(a, load_reg(row + panel_reg<A>(i)), sum[i]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRegs; r++) store_reg(sums + s * stride + r * kRegLanes<A>, sum[r]);
+    for (int i = 0; i < kAll; i++) store_reg(sums + s * stride + panel_reg<A>(i, step), sum[i]);
   }
 }
 
-// The same for the first `columns` columns, by as few vectors of sixteen as they need.
-template <class A> void add_panel(RowLists<A> lists, int64_t rows, int64_t columns, const A* tile, A* sums, int64_t stride) {
+// The same for the first `columns` columns of one panel, by as few vectors of sixteen as they need.
+template <class A>
+void add_columns(RowLists<A> lists, int64_t rows, int64_t columns, const A* tile, A* sums, int64_t stride) {
   constexpr int kRegs = kLanes / kRegLanes<A>; // of a vector
   constexpr int kVectors = kRegs * 4 <= kMaxSums ? 4 : kRegs * 2 <= kMaxSums ? 2 : 1;
   for (; columns > 0; columns -= kVectors * kLanes, tile += kVectors * kLanes, sums += kVectors * kLanes) {
-    if (kVectors == 4 && columns > 3 * kLanes) add_panel<kRegs * min(kVectors, 4)>(lists, rows, tile, sums, stride);
-    else if (kVectors == 4 && columns > 2 * kLanes) add_panel<kRegs * min(kVectors, 3)>(lists, rows, tile, sums, stride);
-    else if (kVectors >= 2 && columns > kLanes) add_panel<kRegs * min(kVectors, 2)>(lists, rows, tile, sums, stride);
-    else add_panel<kRegs>(lists, rows, tile, sums, stride);
+    if (kVectors == 4 && columns > 3 * kLanes) add_panel<1, kRegs * min(kVectors, 4)>(lists, rows, tile, sums, stride);
+    else if (kVectors == 4 && columns > 2 * kLanes) add_panel<1, kRegs * min(kVectors, 3)>(lists, rows, tile, sums, stride);
+    else if (kVectors >= 2 && columns > kLanes) add_panel<1, kRegs * min(kVectors, 2)>(lists, rows, tile, sums, stride);
+    else add_panel<1, kRegs>(lists, rows, tile, sums, stride);
   }
 }
 
-// For all panels of `columns` columns: tiles (panels, kTileRows, kPanel), sums (rows, columns; stride).
+// The same for one panel or two together, of `columns` columns in all.
 template <class A>
-void add_panels(RowLists<A> lists, int64_t rows, int64_t columns, const A* tiles, A* sums, int64_t stride) {
-  for (int64_t c = 0; c < columns; c += kPanel, tiles += kTileRows<A> * kPanel, sums += kPanel)
-    add_panel(lists, rows, min(columns - c, kPanel), tiles, sums, stride);
+void add_panels(RowLists<A> lists, int64_t rows, int64_t columns, const A* tile, A* sums, int64_t stride, int64_t step) {
+  if (columns <= kPanel) return add_columns(lists, rows, columns, tile, sums, stride);
+  if constexpr (2 * kPanelRegs<A> <= kMaxSums) add_panel<2, kPanelRegs<A>>(lists, rows, tile, sums, stride, step);
 }
 
 SPARSEKERN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -86,8 +100,8 @@ void load_rows(const T* x, int64_t stride, int64_t rows, int64_t count, acc_t<T>
 }
 
 // y (rows, columns) += x M for rows x (rows, K; stride K) and a dense matrix M (K, columns), of which `tiles` lays
-// out `count` rows at a time: begin(first, count) prepares them, panel(c) gives the tile (kTileRows, kPanel) of panel c.
-// The sums (panels, rows, kPanel) hold y. If `all`, zeros of x are multiplied too.
+// out `count` rows at a time: begin(first, count) prepares them, panel(c, slot) gives the tile (kTileRows, kPanel) of panel
+// c, behind the last one's if slot is 1. The sums (panels, rows, kPanel) hold y. If `all`, zeros of x are multiplied too.
 template <class T, class Tiles>
 void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, bool all, acc_t<T>* sums, Tiles tiles) {
   using A = acc_t<T>;
@@ -100,11 +114,14 @@ void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, bool al
     tiles.begin(first, count);
     if (all) load_rows(x + first, K, rows, count, part, kDepth);
     else fill_lists(x + first, K, rows, count, int32_t(kPanel), lists);
-    A* sum = sums;
-    for (int64_t c = 0; c * kPanel < columns; c++, sum += rows * kPanel) {
-      const int64_t width = min(columns - c * kPanel, kPanel);
-      if (all) add_tile<kDepth, 1>(part, rows, count, tiles.panel(c), width, sum);
-      else add_panel(lists, rows, width, tiles.panel(c), sum, kPanel);
+    const int64_t together = all ? 1 : panels_together<A>();
+    for (int64_t c = 0; c * kPanel < columns; c += together) {
+      const int64_t width = min(columns - c * kPanel, together * kPanel);
+      const A* tile = tiles.panel(c, 0);
+      if (width > kPanel) tiles.panel(c + 1, 1);
+      A* sum = sums + c * rows * kPanel;
+      if (all) add_tile<kDepth, 1>(part, rows, count, tile, width, sum);
+      else add_panels(lists, rows, width, tile, sum, kPanel, rows * kPanel);
     }
   }
 }
@@ -151,7 +168,7 @@ template <class T> struct WeightTiles {
         }
     }
   }
-  const A* panel(int64_t c) const { return tiles + c * (kTileRows<A> * kPanel); }
+  const A* panel(int64_t c, int) const { return tiles + c * (kTileRows<A> * kPanel); }
 };
 
 // The same for G = 1 by the bitmap: each tile is filled just before its use, while it is in the first-level cache.
@@ -165,20 +182,20 @@ template <class T> struct BitTiles {
   const T* at[kTileRows<A>]; // each input's next weight
 
   BitTiles(const LinearSupport& w_, const T* weight, int64_t first)
-      : w(w_), weights(w_, weight), first_word(first / kPanel), tile(allocate_tiles<A>(kPanel)) {}
+      : w(w_), weights(w_, weight), first_word(first / kPanel), tile(allocate_tiles<A>(2 * kPanel)) {}
   void begin(int64_t i, int64_t count) {
     input = i, rows = count;
     for (int64_t r = 0; r < count; r++) at[r] = weights.of_input(i + r) + weights_before(w, i + r, first_word);
   }
-  const A* panel(int64_t c) {
+  const A* panel(int64_t c, int slot) {
     const int64_t words = bit_words(w);
     const uint64_t* word = w.bits + input * words + first_word + c;
-    A* to = tile;
+    A* to = tile + slot * (kTileRows<A> * kPanel);
     for (int64_t r = 0; r < rows; r++, word += words, to += kPanel) {
       at[r] = expand_word(*word, at[r], [&](int v, vec<A> x) { store(to + v * kLanes, x); });
       __builtin_prefetch(at[r] + kLanes), __builtin_prefetch(at[r] + 2 * kLanes), __builtin_prefetch(word + 8);
     }
-    return tile;
+    return to - rows * kPanel;
   }
 };
 
@@ -246,7 +263,6 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
                       int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t kInputs = 256;
-  constexpr int kRegs = int(kPanel / kRegLanes<A>), kAtOnce = min(kRegs, kMaxSums);
   const int64_t panels = round_up(w.outputs, kPanel) / kPanel, words = bit_words(w);
   const RowLists<A> lists = allocate_lists<A>(kLists, kInputs, B);
   int32_t next[kInputs];
@@ -255,33 +271,40 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
     for (int64_t k = 0; k < inputs; k += 64)
       fill_transposed_lists(x + i + k, w.inputs, min(64, inputs - k), B, int32_t(kPanel), lists, k);
     for (int64_t k = 0; k < inputs; k++) next[k] = w.ccol[i + k];
-    for (int64_t c = 0; c < panels; c++) {
+    const auto add = [&]<int kPanels>(int64_t c) {
+      constexpr int kAll = kPanels * kPanelRegs<A>, kAtOnce = min(kAll, kMaxSums);
       const A* panel = tile + c * (kTileRows<A> * kPanel);
       for (int64_t k = 0; k < inputs; k++) {
-        reg<A> sum[kRegs] = {};
+        reg<A> sum[kAll] = {};
         const int32_t stop = lists.end[k];
-        for (int part = 0; part < kRegs; part += kAtOnce)
+        for (int part = 0; part < kAll; part += kAtOnce)
           for (int32_t p = lists.start[k]; p < stop; p++) {
             const reg<A> a = lists.value[p] - reg<A>{};
-            const A* row = panel + lists.offset[p] + part * kRegLanes<A>;
+            const A* row = panel + lists.offset[p];
 #pragma GCC unroll 8
-            for (int r = 0; r < kAtOnce; r++) sum[part + r] = fma_reg(a, load_reg(row + r * kRegLanes<A>), sum[part + r]);
+            for (int i = part; i < part + kAtOnce; i++) sum[i] = fma_reg(a, load_reg(row + panel_reg<A>(i)), sum[i]);
           }
         if (has_bits(w)) {
-          vec<A> whole[4];
+          vec<A> whole[kPanels][4];
           std::memcpy(whole, sum, sizeof whole);
-          next[k] = int32_t(pack_word(w.bits[(i + k) * words + c], whole, grad, next[k], w.ccol[i + k + 1]));
-          __builtin_prefetch(grad + next[k] + kLanes, 1), __builtin_prefetch(grad + next[k] + 2 * kLanes, 1);
+          const uint64_t* word = w.bits + (i + k) * words + c;
+          for (int p = 0; p < kPanels; p++)
+            next[k] = int32_t(pack_word(word[p], whole[p], grad, next[k], w.ccol[i + k + 1]));
+          for (int p = 1; p <= 2 * kPanels; p++) __builtin_prefetch(grad + next[k] + p * kLanes, 1);
           continue;
         }
-        A lanes[kPanel];
+        A lanes[kPanels * kPanel];
         std::memcpy(lanes, sum, sizeof lanes);
-        const int32_t until = int32_t(min((c + 1) * kPanel, w.outputs)), last = w.ccol[i + k + 1];
+        const int32_t until = int32_t(min((c + kPanels) * kPanel, w.outputs)), last = w.ccol[i + k + 1];
         int32_t b = next[k];
         for (; b < last && w.rows[b] < until; b++) from_acc(lanes[w.rows[b] - c * kPanel], grad[b]);
         next[k] = b;
       }
-    }
+    };
+    int64_t c = 0;
+    if constexpr (2 * kPanelRegs<A> <= kMaxSums)
+      for (; panels_together<A>() == 2 && c + 2 <= panels; c += 2) add.template operator()<2>(c);
+    for (; c < panels; c++) add.template operator()<1>(c);
   }
 }
 
@@ -346,13 +369,15 @@ void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* 
   const int64_t size = round_up(O, kPanel) * kTileRows<A>;
   A* sums = (A*)scratch(kSums, size_t(kRows * stride) * sizeof(A));
   const RowLists<A> lists = allocate_lists<A>(kLists, kRows, kTileRows<A>);
+  const int64_t together = panels_together<A>();
   for (int64_t i = begin; i < end; i += kRows) {
     const int64_t rows = end - i < kRows ? end - i : kRows;
     std::memset(sums, 0, size_t(rows * stride) * sizeof(A));
     for (int64_t s = 0, t = 0; s < B; s += kTileRows<A>, t++) {
       const int64_t count = B - s < kTileRows<A> ? B - s : kTileRows<A>;
       fill_transposed_lists(x + s * w.inputs + i, w.inputs, rows, count, int32_t(kPanel), lists);
-      add_panels(lists, rows, O, tiles + t * size, sums, stride);
+      for (int64_t c = 0; c < O; c += together * kPanel)
+        add_panels(lists, rows, min(O - c, together * kPanel), tiles + t * size + tile_column<A>(c), sums + c, stride, kPanel);
     }
     for (int64_t r = 0; r < rows; r++) {
       const A* sum = sums + r * stride;

@@ -21,8 +21,8 @@ SPARSEKERN_INLINE int64_t compress(const T* x, int64_t n, acc_t<T>* value, int32
     for (; i < n; i += kLanes, at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes))) {
       const __m512 v = (__m512)load_first(x + i, n - i);
       const __mmask16 nonzero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-      _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(nonzero, v));
-      _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(nonzero, at));
+      _mm512_storeu_ps(value + count, _mm512_mask_compress_ps((__m512)fresh(), nonzero, v));
+      _mm512_storeu_si512(index + count, _mm512_mask_compress_epi32(fresh(), nonzero, at));
       count += __builtin_popcount(nonzero);
     }
     return count;

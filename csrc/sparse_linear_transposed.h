@@ -19,18 +19,19 @@ template <class T> struct TransposedTiles {
   int64_t output, rows;
 
   TransposedTiles(const LinearSupport& w_, const T* weight_, int64_t first_, int64_t last)
-      : w(w_), weight(weight_), first(first_), columns(last - first_), tiles(allocate_tiles<A>(kPanel)) {
+      : w(w_), weight(weight_), first(first_), columns(last - first_), tiles(allocate_tiles<A>(2 * kPanel)) {
     next = (int32_t*)scratch(kIndices, size_t(columns) * 4);
     for (int64_t c = 0; c < columns; c++) next[c] = w.ccol[first + c];
   }
   void begin(int64_t o, int64_t count) { output = o, rows = count; }
-  const A* panel(int64_t p) {
+  const A* panel(int64_t p, int slot) {
     const int64_t G = w.group, c = p * kPanel, count = columns - c < kPanel ? columns - c : kPanel;
-    std::memset((void*)tiles, 0, size_t(kTileRows<A> * kPanel) * sizeof(A));
+    A* tile = tiles + slot * (kTileRows<A> * kPanel);
+    std::memset((void*)tile, 0, size_t(kTileRows<A> * kPanel) * sizeof(A));
     for (int64_t k = 0; k < count; k++) {
       const int32_t stop = w.ccol[first + c + k + 1], ahead = next[min(c + k + kAheadInputs, columns - 1)];
       __builtin_prefetch(weight + ahead * G), __builtin_prefetch(w.rows + ahead);
-      A* to = tiles + k;
+      A* to = tile + k;
       int32_t b = next[c + k];
       if (G == 1) {
         const int32_t until = int32_t(output + rows);
@@ -44,7 +45,7 @@ template <class T> struct TransposedTiles {
       // A block that reaches past this tile is laid out in the next one again.
       next[c + k] = b > next[c + k] && w.rows[b - 1] * G + G > output + rows ? b - 1 : b;
     }
-    return tiles;
+    return tile;
   }
 };
 
@@ -113,14 +114,15 @@ template <class T, class Weights> struct RegisterTiles {
   int64_t output, rows;
 
   RegisterTiles(const LinearSupport& w, const T* weight, int64_t first, int64_t last)
-      : weights(w, weight), columns(last - first), tile(allocate_tiles<float>(kPanel)) {
+      : weights(w, weight), columns(last - first), tile(allocate_tiles<float>(2 * kPanel)) {
     const int64_t count = round_up(columns, kLanes) + kLanes;
     slots = (Slot*)scratch(kIndices, size_t(count) * sizeof(Slot));
     for (int64_t c = 0; c < count; c++) slots[c] = weights.start(min(first + c, last - 1));
   }
   void begin(int64_t o, int64_t count) { output = o, rows = count; }
-  const float* panel(int64_t p) {
-    float* to = tile;
+  const float* panel(int64_t p, int slot) {
+    float* const first = tile + slot * (kTileRows<float> * kPanel);
+    float* to = first;
     for (int64_t c = p * kPanel; c < min((p + 1) * kPanel, columns); c += kLanes, to += kLanes)
       for (int64_t r = 0; r < rows; r += kLanes) {
         vec<float> v[kLanes];
@@ -133,7 +135,7 @@ template <class T, class Weights> struct RegisterTiles {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLanes; i++) store(to + (r + i) * kPanel, v[i]);
       }
-    return tile;
+    return first;
   }
 };
 

@@ -57,13 +57,18 @@ inline double dense_cost(const LinearWork& work) {
   return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
 }
 
+// Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, measured at 1600 x 1000 (density 0.4,
+// G = 1 and 16, 0.05 to 0.8 active, B = 16 to 256), and stand where they are far from Zen 4's.
+inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
+
 inline double rows_cost(const LinearWork& work) {
   const double products = double(work.B) * work.rows_active, d = work.density();
   const double vectors = double((work.support.outputs + 15) / 16); // of an input
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
     const double beside = work.pass == Pass::forward ? 16 : work.pass == Pass::grad_input ? 28 : 4;
     const double once = work.pass == Pass::grad_weight ? 8 * d : work.pass == Pass::grad_input ? 0.06 * double(work.B) : 0;
-    return (4.1 * d + beside / vectors) * products + once;
+    const double rate = work.pass == Pass::grad_input && wide() ? 0.75 : 1;
+    return rate * ((4.1 * d + beside / vectors) * products + once);
   }
   if (work.support.group > 1) return 48 * d * products;
   const bool bits = work.support.bits != nullptr;
@@ -72,9 +77,6 @@ inline double rows_cost(const LinearWork& work) {
   if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : 3.6) * products;
   return 37 * d * products;
 }
-
-// A product of a panel in place of the 1.5 of Zen 4 (1600 x 1000, 4096 x 1024 and 784 x 128, B = 16 to 256).
-inline double panel_rate() { return isa() == Isa::avx512 && processor().wide ? 0.7 : 1; }
 
 inline bool has_panels(const LinearWork& work) {
   return work.B > 1 && (work.support.group % 16 != 0 || (work.support.group == 16 && work.pass != Pass::grad_weight));
@@ -93,7 +95,8 @@ inline double grad_input_panels_cost(const LinearWork& work) {
   const int64_t O = work.support.outputs;
   const double widened = work.support.group != 1 && two_bytes(work) ? 1.6 : 1; // one by one
   const double panels =
-      has_register_tiles(work) ? 8.5 + 0.1 * B + 1.5 * panel_rate() * products : (3 + 70 * d) * widened + 1.85 * products;
+      has_register_tiles(work) ? (wide() ? 6 + 0.09 * B + 0.75 * products : 8.5 + 0.1 * B + 1.5 * products)
+                               : (3 + 70 * d) * widened + 1.85 * products;
   if (work.support.group != 1) return panels;
   const double lane = 1.5 + 100 / double(O + 1), vectors = double((O + 15) / 16); // short rows cost more
   const double lanes = 3 + 35 * d + (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
@@ -107,16 +110,17 @@ inline double panels_cost(const LinearWork& work) {
   if (work.pass == Pass::grad_input) return grad_input_panels_cost(work);
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
-  const double panels_products = double(work.B) * work.panels_active;
-  const double rate = panel_rate();
-  if (bits && work.pass == Pass::forward) return 6 + 0.08 * double(work.B) + 1.5 * rate * panels_products; // 0.08: a row's list
-  if (bits && work.pass == Pass::grad_weight) return (work.B <= 80 ? 7 : 15) + 1.6 * rate * panels_products;
+  const double B = double(work.B), products = B * work.panels_active;
+  if (bits && work.pass == Pass::forward) // by B: a row's list
+    return wide() ? 3 + 0.06 * B + 0.83 * products : 6 + 0.08 * B + 1.5 * products;
+  if (bits && work.pass == Pass::grad_weight)
+    return wide() ? (work.B <= 80 ? 8.5 : 10 + 0.1 * B) + 0.83 * products : (work.B <= 80 ? 7 : 15) + 1.6 * products;
   if (work.support.group == 16 && work.pass == Pass::forward) { // 3 us a call, which 64 x 64 must not take
-    const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
-    return 6 + 8 * d + 12000 / vectors + 0.08 * double(work.B) + 1.5 * rate * panels_products;
+    const double call = 12000 / (double(work.support.inputs) * double((work.support.outputs + 15) / 16));
+    return call + (wide() ? 4.5 + 0.075 * B + 0.8 * products : 6 + 8 * d + 0.08 * B + 1.5 * products);
   }
   const double once = work.pass == Pass::grad_weight ? 3 + 38 * d : 5 + 40 * d;
-  return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * panels_products; // two bytes are widened one by one
+  return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * products; // two bytes are widened one by one
 }
 
 // The weight's gradient by all of x copies both its factors, for which more rows would want more memory than they are worth.
@@ -131,7 +135,7 @@ inline bool has_tiles(const LinearWork& work) {
   return work.B > 1 && fits(work) && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
 }
 inline double tiles_cost(const LinearWork& work) {
-  const double once = work.pass == Pass::forward       ? 4.5
+  const double once = work.pass == Pass::forward       ? (processor().wide ? 3 : 4.5)
                       : work.pass == Pass::grad_weight ? 14
                       : has_register_tiles(work)       ? 9
                                                        : 5 + 70 * work.density();

@@ -33,6 +33,16 @@ template <> struct vec_of<int64_t> { typedef int64_t type __attribute__((vector_
 template <> struct vec_of<uint16_t> { typedef uint16_t type __attribute__((vector_size(2 * kLanes))); };
 template <class A> using vec = typename vec_of<A>::type;
 
+#if defined(__AVX512F__)
+// What to expand or compress into. These instructions wait for what the register that they write held, even where they
+// replace all of it: one after the other into the same register, each takes five cycles (Zen 5) in place of 1.2.
+SPARSEKERN_INLINE __m512i fresh() {
+  __m512i zeros;
+  asm volatile("vpxord %0, %0, %0" : "=v"(zeros));
+  return zeros;
+}
+#endif
+
 template <class A> SPARSEKERN_INLINE vec<A> splat(A a) { return a - vec<A>{}; } // x - 0 is x, so that nothing is computed
 
 // a * b + c in one rounding where the instruction set has it.
