@@ -118,14 +118,15 @@ GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bo
   };
   const double d = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs)), rows = double(end - begin);
   const double vectors = double((w.outputs + kLanes - 1) / kLanes);
-  const double lanes = 3 + 35 * d + (0.03 + 1.7 * d) * double(round_up(end - begin, kLanes));
+  const bool wide = panels_together<acc_t<T>>() == 2;
+  const double once = 3 + 35 * d, each = (0.03 + 1.7 * d) * double(round_up(end - begin, kLanes));
+  const double lanes = wide ? 0.85 * once * double((end - begin + 63) / 64) + 0.5 * each : once + each;
   double dots = lanes;
   if (at_nonzeros) {
-    const double once = has_bits(w) ? 4.5 : 5 + 20 * d;
-    dots = once + (0.06 + 3 / vectors) * rows + (2.75 + 7 / vectors) * active(x, w.inputs);
+    const double laid_out = has_bits(w) ? 4.5 : 5 + 20 * d;
+    dots = laid_out + (0.06 + 3 / vectors) * rows + (2.75 + 7 / vectors) * active(x, w.inputs);
   }
   const double products = active(grad_y, w.outputs);
-  const bool wide = panels_together<acc_t<T>>() == 2;
   const double panels = !has_register_tiles<T>(w) ? 3 + 70 * d + 1.85 * products
                         : wide                    ? 6 + 0.09 * rows + 0.75 * products
                                                   : 8.5 + 0.1 * rows + 1.5 * products;

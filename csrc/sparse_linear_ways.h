@@ -57,8 +57,9 @@ inline double dense_cost(const LinearWork& work) {
   return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
 }
 
-// Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, measured at 1600 x 1000 (density 0.4,
-// G = 1 and 16, 0.05 to 0.8 active, B = 16 to 256), and stand where they are far from Zen 4's.
+// Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, and stand where they are far from
+// Zen 4's: 1600 x 1000 (density 0.4, G = 1 and 16), 1600 x 1500 (0.1), 1024 x 700 (0.05 and 0.3) and 784 x 128 (0.4), 0.05
+// to 0.8 active, B = 16 to 256.
 inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
 
 inline double rows_cost(const LinearWork& work) {
@@ -74,7 +75,7 @@ inline double rows_cost(const LinearWork& work) {
   const bool bits = work.support.bits != nullptr;
   if (work.pass == Pass::grad_weight) return bits && work.B == 1 ? 2 + 5 * products : 120 * d * products;
   if (work.pass == Pass::grad_input) return (bits && d > 0.08 ? 6.7 + 14 / vectors : 48 * d) * products;
-  if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : 3.6) * products;
+  if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : wide() ? 2.5 : 3.6) * products;
   return 37 * d * products;
 }
 
@@ -99,11 +100,12 @@ inline double grad_input_panels_cost(const LinearWork& work) {
                                : (3 + 70 * d) * widened + 1.85 * products;
   if (work.support.group != 1) return panels;
   const double lane = 1.5 + 100 / double(O + 1), vectors = double((O + 15) / 16); // short rows cost more
-  const double lanes = 3 + 35 * d + (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
+  const double once = 3 + 35 * d, each = (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
+  const double lanes = wide() ? 0.85 * once * double((work.B + 63) / 64) + 0.5 * each : once + each;
   const double others = lanes < panels ? lanes : panels;
   if (!work.at_nonzeros) return others;
-  const double once = work.support.bits != nullptr ? 4.5 : 5 + 20 * d;
-  const double dots = once + (0.06 + 3 / vectors) * B + (2.75 + 7 / vectors) * B * work.rows_active;
+  const double laid_out = work.support.bits != nullptr ? 4.5 : 5 + 20 * d;
+  const double dots = laid_out + (0.06 + 3 / vectors) * B + (2.75 + 7 / vectors) * B * work.rows_active;
   return dots < others ? dots : others;
 }
 inline double panels_cost(const LinearWork& work) {
@@ -149,7 +151,7 @@ inline bool has_lanes(const LinearWork& work) {
 }
 inline double lanes_cost(const LinearWork& work) {
   const double d = work.density(), rows = double((work.B + 15) / 16 * 16);
-  return 0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows;
+  return (wide() ? 0.65 : 1) * (0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows);
 }
 
 // By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 200 rows forward,
