@@ -118,7 +118,7 @@ GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bo
   };
   const double d = double(w.ccol[w.inputs]) / (double(w.inputs) * double(w.outputs)), rows = double(end - begin);
   const double vectors = double((w.outputs + kLanes - 1) / kLanes);
-  const bool wide = panels_together<acc_t<T>>() == 2;
+  const bool wide = std::is_same_v<T, float> && panels_together<float>() == 2;
   const double once = 3 + 35 * d, each = (0.03 + 1.7 * d) * double(round_up(end - begin, kLanes));
   const double lanes = wide ? 0.85 * once * double((end - begin + 63) / 64) + 0.5 * each : once + each;
   double dots = lanes;

@@ -61,6 +61,8 @@ inline double dense_cost(const LinearWork& work) {
 // Zen 4's: 1600 x 1000 (density 0.4, G = 1 and 16), 1600 x 1500 (0.1), 1024 x 700 (0.05 and 0.3) and 784 x 128 (0.4), 0.05
 // to 0.8 active, B = 16 to 256.
 inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
+// In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
+inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
 
 inline double rows_cost(const LinearWork& work) {
   const double products = double(work.B) * work.rows_active, d = work.density();
@@ -68,16 +70,19 @@ inline double rows_cost(const LinearWork& work) {
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
     const double beside = work.pass == Pass::forward ? 16 : work.pass == Pass::grad_input ? 28 : 4;
     const double once = work.pass == Pass::grad_weight ? 8 * d : work.pass == Pass::grad_input ? 0.06 * double(work.B) : 0;
-    const double rate = work.pass == Pass::grad_input && wide() ? 0.75 : 1;
+    const double rate = work.pass == Pass::grad_input && wide_f32(work) ? 0.75 : 1;
     return rate * ((4.1 * d + beside / vectors) * products + once);
   }
   if (work.support.group > 1) return 48 * d * products;
   const bool bits = work.support.bits != nullptr;
   if (work.pass == Pass::grad_weight) return bits && work.B == 1 ? 2 + 5 * products : 120 * d * products;
   if (work.pass == Pass::grad_input) return (bits && d > 0.08 ? 6.7 + 14 / vectors : 48 * d) * products;
-  if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : wide() ? 2.5 : 3.6) * products;
+  if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : wide_f32(work) ? 2.5 : 3.6) * products;
   return 37 * d * products;
 }
+
+// A product of a panel elsewhere, by that of Zen 4.
+inline double panel_product(double cycles) { return wide() ? 0.7 * cycles : cycles; }
 
 inline bool has_panels(const LinearWork& work) {
   return work.B > 1 && (work.support.group % 16 != 0 || (work.support.group == 16 && work.pass != Pass::grad_weight));
@@ -96,12 +101,13 @@ inline double grad_input_panels_cost(const LinearWork& work) {
   const int64_t O = work.support.outputs;
   const double widened = work.support.group != 1 && two_bytes(work) ? 1.6 : 1; // one by one
   const double panels =
-      has_register_tiles(work) ? (wide() ? 6 + 0.09 * B + 0.75 * products : 8.5 + 0.1 * B + 1.5 * products)
-                               : (3 + 70 * d) * widened + 1.85 * products;
+      !has_register_tiles(work) ? (3 + 70 * d) * widened + 1.85 * products
+      : wide_f32(work)          ? 6 + 0.09 * B + 0.75 * products
+                                : 8.5 + 0.1 * B + panel_product(1.5) * products;
   if (work.support.group != 1) return panels;
   const double lane = 1.5 + 100 / double(O + 1), vectors = double((O + 15) / 16); // short rows cost more
   const double once = 3 + 35 * d, each = (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
-  const double lanes = wide() ? 0.85 * once * double((work.B + 63) / 64) + 0.5 * each : once + each;
+  const double lanes = wide_f32(work) ? 0.85 * once * double((work.B + 63) / 64) + 0.5 * each : once + each;
   const double others = lanes < panels ? lanes : panels;
   if (!work.at_nonzeros) return others;
   const double laid_out = work.support.bits != nullptr ? 4.5 : 5 + 20 * d;
@@ -114,12 +120,14 @@ inline double panels_cost(const LinearWork& work) {
   const bool bits = work.support.bits != nullptr;
   const double B = double(work.B), products = B * work.panels_active;
   if (bits && work.pass == Pass::forward) // by B: a row's list
-    return wide() ? 3 + 0.06 * B + 0.83 * products : 6 + 0.08 * B + 1.5 * products;
+    return wide_f32(work) ? 3 + 0.06 * B + 0.83 * products : 6 + 0.08 * B + panel_product(1.5) * products;
   if (bits && work.pass == Pass::grad_weight)
-    return wide() ? (work.B <= 80 ? 8.5 : 10 + 0.1 * B) + 0.83 * products : (work.B <= 80 ? 7 : 15) + 1.6 * products;
+    return wide_f32(work) ? (work.B <= 80 ? 8.5 : 10 + 0.1 * B) + 0.83 * products
+                          : (work.B <= 80 ? 7 : 15) + panel_product(1.6) * products;
   if (work.support.group == 16 && work.pass == Pass::forward) { // 3 us a call, which 64 x 64 must not take
     const double call = 12000 / (double(work.support.inputs) * double((work.support.outputs + 15) / 16));
-    return call + (wide() ? 4.5 + 0.075 * B + 0.8 * products : 6 + 8 * d + 0.08 * B + 1.5 * products);
+    return call + (wide_f32(work) ? 4.5 + 0.075 * B + 0.8 * products
+                                  : 6 + 8 * d + 0.08 * B + panel_product(1.5) * products);
   }
   const double once = work.pass == Pass::grad_weight ? 3 + 38 * d : 5 + 40 * d;
   return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * products; // two bytes are widened one by one
@@ -137,11 +145,11 @@ inline bool has_tiles(const LinearWork& work) {
   return work.B > 1 && fits(work) && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
 }
 inline double tiles_cost(const LinearWork& work) {
-  const double once = work.pass == Pass::forward       ? (processor().wide ? 3 : 4.5)
+  const double once = work.pass == Pass::forward       ? (wide() ? 3 : 4.5)
                       : work.pass == Pass::grad_weight ? 14
                       : has_register_tiles(work)       ? 9
                                                        : 5 + 70 * work.density();
-  return once + (processor().wide ? 0.61 : 1.2) * double(work.B);
+  return once + (wide() ? 0.61 : 1.2) * double(work.B);
 }
 
 // The forward pass with one sample in each lane, by a plan of the support. Measured at 1600 x 1500, 1024 x 256 and
@@ -151,7 +159,7 @@ inline bool has_lanes(const LinearWork& work) {
 }
 inline double lanes_cost(const LinearWork& work) {
   const double d = work.density(), rows = double((work.B + 15) / 16 * 16);
-  return (wide() ? 0.65 : 1) * (0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows);
+  return (wide_f32(work) ? 0.65 : 1) * (0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows);
 }
 
 // By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 200 rows forward,
@@ -166,7 +174,7 @@ inline double pairs_cost(const LinearWork& work) {
   const bool full = work.full(), bits = work.support.bits != nullptr;
   const double rows = bf16_rate(false) * double(work.B); // as long as so many
   if (work.pass == Pass::grad_weight) return (full ? 6 : bits ? 5.5 : 10.5) + 0.66 * rows;
-  const double once = (full ? 4.5 : bits ? 4 : 5 + 14 * work.density()) + (processor().wide ? 1.5 : 0);
+  const double once = (full ? 4.5 : bits ? 4 : 5 + 14 * work.density()) + (wide() ? 1.5 : 0);
   return work.pass == Pass::forward ? once + 0.64 * rows : once + 3 + 0.69 * rows;
 }
 
