@@ -163,11 +163,11 @@ void forward_pooled_rows(const PooledArgs& a, int64_t begin, int64_t end, int64_
       const uint32_t bits = mask_ge(keys + j, t);
       store_bits(winners + j / 8, bits);
       if (offsets != nullptr) count += compress(taken + j, bits, places + count);
-      if constexpr (std::is_same_v<T, A>) {
-        if (a.places != nullptr) continue;
-        if (j + kLanes <= n) keep(most + j, bits, y + j);
-        else keep_first(most + j, bits, y + j, n - j);
-      }
+      if constexpr (std::is_same_v<T, A>)
+        if (a.places == nullptr) {
+          if (j + kLanes <= n) keep(most + j, bits, y + j);
+          else keep_first(most + j, bits, y + j, n - j);
+        }
       if (lanes != nullptr) {
         add_bits(lanes + channel, bits);
         channel = channel + kLanes == a.C ? 0 : channel + kLanes;

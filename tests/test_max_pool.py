@@ -73,17 +73,17 @@ def test_other_ways(options):
 @pytest.mark.parametrize("wanted", FORMATS, ids=str)
 @pytest.mark.parametrize("options", [{"k": 37}, {"k": 3, "local": True}, {"density": 1.0}], ids=str)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("pool", [1, 2])
-def test_memory_format(dtype, given, wanted, options, norm, pool):
+@pytest.mark.parametrize(("channels", "pool"), [(20, 1), (20, 2), (32, 2)])  # wins of 16 n channels are counted by lane
+def test_memory_format(dtype, given, wanted, options, norm, channels, pool):
     """The same values, bits, gradients and duty cycles in the memory format that is asked for."""
     torch.manual_seed(0)
-    x = torch.randn(3, 20, 9, 10).to(dtype).to(memory_format=given)
+    x = torch.randn(3, channels, 9, 10).to(dtype).to(memory_format=given)
     layers = [
         sk.KWinners2d(
-            20,
+            channels,
             **options,
             max_pool=pool,
-            norm=nn.BatchNorm2d(20, affine=False, dtype=dtype) if norm else None,
+            norm=nn.BatchNorm2d(channels, affine=False, dtype=dtype) if norm else None,
             memory_format=memory_format,
         )
         for memory_format in (None, wanted)
