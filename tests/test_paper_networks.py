@@ -75,6 +75,20 @@ def test_plain_and_dense_exclude_each_other():
         build(networks("mnist")["sparseCNN2"], plain=True, dense=True)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("network", ALL, ids=name)
+def test_every_win_is_counted(network, memory_format):
+    """In float32, as the networks run: the fused passes count what the twin test, in float64, does not reach."""
+    torch.manual_seed(0)
+    model = build(network).to(memory_format=memory_format)
+    model(torch.randn(4, 1, network.input, network.input))
+    for layer in model.modules():
+        if isinstance(layer, (sk.KWinners, sk.KWinners2d)):
+            n = layer.n if isinstance(layer, sk.KWinners) else layer._units
+            rounding = len(layer.duty_cycle) * 2**-24  # of their sum in float32
+            assert layer.duty_cycle.mean().item() == pytest.approx(layer.k / n, rel=rounding)
+
+
 @pytest.mark.parametrize("group_size", [1, 16])
 def test_the_plain_twin_takes_the_same_steps(group_size):
     """Three steps from the same weights agree to rounding, duty cycles and evaluation included."""
