@@ -2,8 +2,8 @@
 
 python benchmarks/crossovers.py [--dtype bfloat16] [--only PATTERN] [--csv FILE]
 
-What an op does with it: `fastest_way` in csrc/sparse_linear_ways.h, `sparse_pays` and `weight_cost` in
-csrc/sparse_conv2d.cpp compare costs of the ways, whose constants were fitted to such measurements. To set them anew:
+What an op does with it: `fastest_way` in csrc/sparse_linear_ways.h, `sparse_forward_pays` and `backward_ways` in
+csrc/sparse_conv2d_ways.h compare costs of the ways, whose constants were fitted to such measurements. To set them anew:
 
 1. Let the function return one way always, and rebuild: `python setup.py build_ext --inplace`.
    (As it is, the speed-ups behind the crossovers stay at about 1, since both sides are dense there.)

@@ -3,13 +3,13 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "grad_bias_calls.h"
 #include "parallel.h"
 #include "sparse_conv2d_kept.h"
+#include "sparse_conv2d_ways.h"
 #include "tensor.h"
 
 namespace sparsekern {
@@ -40,45 +40,6 @@ double active_fraction(DType dtype, const void* data, int64_t n) {
 }
 
 double active_fraction(const Tensor& t) { return active_fraction(dtype_of("sparse_conv2d", t), t.data_ptr(), t.numel()); }
-
-// The kernels index one sample with 32 bits and keep a bounded number of tap groups.
-bool sparse_possible(const Conv2d& conv) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  return conv.C * conv.H * conv.W < kMost && conv.O * conv.OH * conv.OW < kMost && conv.KW <= kMaxKernelWidth &&
-         conv.SW <= kMaxKernelWidth;
-}
-
-// How long the dense convolution takes for a product, against float32 on Zen 4, where all was measured: oneDNN there has
-// bfloat16 dot products (1 x 1 kernels, plain matrix products, gain most: 256->64 on 14 x 14 takes 0.2 at B = 4 to 64) and no
-// float16 arithmetic (its forward takes 10x the time of float32). Zen 5, which multiplies twice as fast, takes 0.54 of the
-// time densely and 0.75 sparsely (64->64 5x5, forward and backward), which counts as 0.72.
-double dense_product(const Conv2d& conv) {
-  const double wide = processor().wide ? 0.72 : 1;
-  const bool tiles = processor().tiles;
-  if (conv.dtype == DType::bf16) return tiles ? 0.12 : wide * (!processor().dots ? 1.0 : conv.KH * conv.KW == 1 ? 0.2 : 0.4);
-  if (conv.dtype == DType::f16 && tiles) return 0.12; // the newest of these have float16 tiles, the others the arithmetic
-  return wide;
-}
-
-// Whether the kernels are faster than the dense convolution where a fraction of what they walk over is active: the time
-// of both for one pixel of it, in float32 products of 16 channels (0.3 ns). Fitted to eight shapes (3->64 7x7 to 256->64
-// 1x1) at B=4 and 16, one thread; it gives the measured break-even within 0.1, on the side of the dense way.
-bool sparse_pays(const Conv2d& conv, bool transposed, double active) {
-  if (!sparse_possible(conv)) return false;
-  const Cost cost = kernels().cost;
-  const int64_t from = transposed ? conv.O : conv.C, to = transposed ? conv.C : conv.O;
-  const int64_t panels = kernels().panels(conv, transposed), vectors = (to + 15) / 16;
-  const double results = double(conv.OH * conv.OW) / double(conv.H * conv.W); // for each source pixel
-  const double visits = double(conv.KH * panels) * (transposed ? 1.0 : 1.0 / double(conv.SH));
-  const double reached = double(conv.KW) * double(vectors) / double(panels) / (transposed ? 1.0 : double(conv.SW));
-  // oneDNN fills up to 16 channels as well; float64 goes by plain matrix products.
-  const double filled = conv.dtype == DType::f64 ? double(to) / double(vectors * 16) : 1.0;
-  const double dense = visits * double(from) * reached * filled * dense_product(conv);
-  const double sparse = visits * (8 + active * double(from) * (reached + 1.5) * cost.product) +
-                        double(from) / 16 * cost.compress +
-                        double(vectors) * cost.finish * (transposed ? 1 / results : results);
-  return sparse < 0.95 * dense;
-}
 
 // Samples that a thread should take together: the kernels read a slice of weights once for up to eight.
 int64_t together(int64_t samples) {
@@ -209,8 +170,10 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
 Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding) {
   check(x, weight, bias);
   const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
-  if (!sparse_pays(conv, false, active_fraction(x))) return dense_forward(x, weight, bias, stride, padding);
-  Tensor y = empty_maps(x, {conv.B, conv.O, conv.OH, conv.OW}, !x.is_contiguous());
+  const bool channels_last = !x.is_contiguous();
+  if (!sparse_forward_pays({conv, kernels(), channels_last, channels_last}, active_fraction(x)))
+    return dense_forward(x, weight, bias, stride, padding);
+  Tensor y = empty_maps(x, {conv.B, conv.O, conv.OH, conv.OW}, channels_last);
   if (y.numel() == 0) return y;
   weight = dense_strides(weight);
   const Packed packed(conv, false, weight);
@@ -222,36 +185,6 @@ Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints s
   return y;
 }
 
-// Cycles a sample that the weight's gradient takes over the non-zeros of grad_y or of x (Zen 4): with AVX-512 about 2.4 for
-// 16 sums, 4 for a column of a pass, 24 for finding the non-zeros of 16 elements (1->64 5x5 on 32x32: half of it) and 12 for
-// laying out 16 elements of the dense one.
-double weight_cost(const Conv2d& conv, bool by_grad, double active) {
-  const double elements = double(by_grad ? conv.O * conv.OH * conv.OW : conv.C * conv.H * conv.W);
-  const double others = double(by_grad ? conv.C * conv.H * conv.W : conv.O * conv.OH * conv.OW);
-  const double units = active * elements;
-  const int64_t channels = by_grad ? conv.C : conv.O, rows = by_grad ? conv.H : conv.OH, columns = by_grad ? conv.W : conv.OW;
-  return 24 * elements / 16 + 12 * others / 16 + 2.2 * kernels().cost.product * units * double(conv.KH * conv.KW * ((channels + 15) / 16)) +
-         4.0 * double(kernels().weight_rows(conv, by_grad) * rows * (columns + conv.KW));
-}
-
-// How the gradients are taken: over the non-zeros of x or of grad_y, or densely.
-enum class Way { by_x, by_grad, dense };
-
-Way input_way(const Conv2d& conv, double in_x, double in_grad) {
-  const bool by_x = in_x * double(conv.C * conv.H * conv.W) < in_grad * double(conv.O * conv.OH * conv.OW);
-  if (by_x) return sparse_pays(conv, false, in_x) ? Way::by_x : Way::dense;
-  return sparse_pays(conv, true, in_grad) ? Way::by_grad : Way::dense;
-}
-
-Way weight_way(const Conv2d& conv, double in_x, double in_grad) {
-  if (!sparse_possible(conv)) return Way::dense; // first: weight_cost asks the kernels for a plan
-  const double by_x = weight_cost(conv, false, in_x), by_grad = weight_cost(conv, true, in_grad);
-  // The dense way takes about 1.3 cycles for 16 products of float32.
-  const double dense = 1.3 * dense_product(conv) * double(conv.O * conv.OH * conv.OW) * double(conv.C * conv.KH * conv.KW) / 16;
-  if (std::min(by_x, by_grad) > dense) return Way::dense;
-  return by_grad < by_x ? Way::by_grad : Way::by_x;
-}
-
 void keep_nonzeros(const Conv2d& conv, const Tensor& x, const Tensor& grad_x) {
   torch::stable::parallel_for(0, conv.B, 1, [&](int64_t begin, int64_t end) {
     const int64_t n = conv.C * conv.H * conv.W, size = int64_t(x.element_size());
@@ -260,14 +193,14 @@ void keep_nonzeros(const Conv2d& conv, const Tensor& x, const Tensor& grad_x) {
   });
 }
 
-Tensor grad_input(const Conv2d& conv, Way way, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+Tensor grad_input(const Conv2d& conv, ConvWay way, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                   bool at_nonzeros) {
   const bool channels_last = !x.is_contiguous();
   Tensor grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
   if (grad_x.numel() == 0) return grad_x;
-  const Packed packed(conv, way == Way::by_grad, weight);
+  const Packed packed(conv, way == ConvWay::by_grad, weight);
   const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
-  if (way == Way::by_x)
+  if (way == ConvWay::by_x)
     parallel_stretches(conv.B, together(conv.B), [&](int64_t begin, int64_t end) {
       kernels().grad_input_at_nonzeros(conv, from, images(x), packed.data(), to.data, begin, end - begin);
     });
@@ -278,9 +211,9 @@ Tensor grad_input(const Conv2d& conv, Way way, const Tensor& grad_y, const Tenso
   return grad_x;
 }
 
-Tensor grad_weight(const Conv2d& conv, Way way, const Tensor& grad_y, const Tensor& x, bool channels_last) {
+Tensor grad_weight(const Conv2d& conv, ConvWay way, const Tensor& grad_y, const Tensor& x, bool channels_last) {
   Tensor grad = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, channels_last);
-  const bool by_grad = way == Way::by_grad;
+  const bool by_grad = way == ConvWay::by_grad;
   torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad), 1, [&](int64_t begin, int64_t end) {
     kernels().grad_weight(conv, by_grad, images(grad_y), images(x), images(grad), begin, end - begin);
   });
@@ -293,9 +226,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
   const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
   weight = dense_strides(weight);
   const double in_x = active_fraction(x), in_grad = active_fraction(grad_y);
-  const Way for_input = want_input ? input_way(conv, at_nonzeros ? in_x : 1.0, in_grad) : Way::by_x;
-  const Way for_weight = want_weight ? weight_way(conv, in_x, in_grad) : Way::by_x;
-  const bool dense_input = for_input == Way::dense, dense_weight = for_weight == Way::dense;
+  const ConvWork work{conv, kernels(), !x.is_contiguous(), !grad_y.is_contiguous()};
+  const ConvWays ways = backward_ways(work, in_x, in_grad, at_nonzeros, want_input, want_weight);
+  const bool dense_input = want_input && ways.input == ConvWay::dense;
+  const bool dense_weight = want_weight && ways.weight == ConvWay::dense;
   Tensor grad_x = empty(x.scalar_type(), {0}), grad_w = empty(x.scalar_type(), {0});
   if (dense_input || dense_weight) {
     // oneDNN goes by x's and the weight's memory format; where one channel leaves both open and no values of the weight are
@@ -307,19 +241,17 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
     if (dense_input && at_nonzeros) keep_nonzeros(conv, x, grad_x);
     if (dense_weight) grad_w = with_format(of_w, !weight.is_contiguous());
   }
-  if (want_input && !dense_input) grad_x = grad_input(conv, for_input, grad_y, x, weight, at_nonzeros);
-  if (want_weight && !dense_weight) grad_w = grad_weight(conv, for_weight, grad_y, x, !weight.is_contiguous());
+  if (want_input && !dense_input) grad_x = grad_input(conv, ways.input, grad_y, x, weight, at_nonzeros);
+  if (want_weight && !dense_weight) grad_w = grad_weight(conv, ways.weight, grad_y, x, !weight.is_contiguous());
   return {grad_x, grad_w, want_bias ? grad_bias(grad_y) : empty(x.scalar_type(), {0})};
 }
 
 } // namespace
 
-bool small_and_dense(const Conv2d& conv, const void* x) {
-  const int64_t products = conv.B * conv.O * conv.OH * conv.OW * conv.C * conv.KH * conv.KW;
-  if (conv.C == 1 || conv.O == 1 || double(products) * dense_product(conv) > kSmallProducts) return false;
-  const double active = active_fraction(conv.dtype, x, conv.B * conv.C * conv.H * conv.W);
-  return !sparse_pays(conv, false, active) && input_way(conv, 1, 1) == Way::dense &&
-         weight_way(conv, active, 1) == Way::dense && !has_unwritten_taps(conv);
+bool all_dense_pays(const Conv2d& conv, Images x, bool want_input) {
+  const double active = active_fraction(conv.dtype, x.data, conv.B * conv.C * conv.H * conv.W);
+  return conv.C > 1 && conv.O > 1 && !has_unwritten_taps(conv) &&
+         all_dense_pays({conv, kernels(), x.channels_last, x.channels_last}, active, want_input);
 }
 
 } // namespace sparsekern

@@ -25,14 +25,13 @@ struct Part {
   int64_t first_sample, samples, first_panel, panels;
 };
 
-// What the kernels of an instruction set take, in dense float32 products of 16 channels: for a sparse one, for looking for
-// the non-zeros of 16 channels, and for writing 16 channels of a result.
-struct Cost {
-  double product, compress, finish;
+// How much longer the kernels of an instruction set take than with AVX-512: for products, and for elements of images.
+struct CostFactors {
+  double product, element;
 };
 
 struct SparseConv2dKernels {
-  Cost cost;
+  CostFactors factors;
   // Non-zeros (NaN among them) of n elements.
   int64_t (*count)(DType dtype, const void* x, int64_t n);
   // out = x where mask is not zero, else zero.
@@ -58,13 +57,9 @@ struct SparseConv2dKernels {
                       int64_t rows);
 };
 
-// Whether all passes of a training step had better be PyTorch's own: where the dense way takes them, the backward pass for a
-// dense gradient, and calling a Python autograd function takes a twentieth of them or more. x holds (B, C, H, W) in any order.
-bool small_and_dense(const Conv2d& conv, const void* x);
-
-// Float32 products of a pass, or as many of another type as take as long, up to which that is so: a third of a millisecond
-// on one Zen 4 core. The function takes 40 to 90 us more than PyTorch's node; sparse gradients might save more.
-constexpr double kSmallProducts = 1 << 24;
+// Whether PyTorch's own autograd node had better do all passes of a training step: see sparse_conv2d_ways.h. x holds
+// (B, C, H, W), contiguous or channels-last.
+bool all_dense_pays(const Conv2d& conv, Images x, bool want_input);
 
 extern const SparseConv2dKernels sparse_conv2d_baseline, sparse_conv2d_avx2, sparse_conv2d_avx512;
 

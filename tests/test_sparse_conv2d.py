@@ -274,12 +274,12 @@ def test_only_small_dense_inputs_go_by_pytorchs_own_node():
 
     ours = "SparseConv2dFunctionBackward"
     layer = sk.SparseConv2d(16, 32, 3)
-    assert node(layer, 2, 1.0) == "ConvolutionBackward0"
-    assert node(layer, 2, 0.02) == ours
+    assert node(layer, 8, 1.0) == "ConvolutionBackward0"
+    assert node(layer, 8, 0.02) == ours
     assert node(layer, 256, 1.0) == ours  # what it saves would be nothing
-    assert node(layer, 2, 1.0, torch.channels_last) == ours  # its gradient would have another format than the weight
-    assert node(sk.SparseConv2d(16, 32, 3, sparse_input_grad=True), 2, 1.0) == ours
-    assert node(layer.to(memory_format=torch.channels_last), 2, 1.0, torch.channels_last) == "ConvolutionBackward0"
+    assert node(layer, 8, 1.0, torch.channels_last) == ours  # its gradient would have another format than the weight
+    assert node(sk.SparseConv2d(16, 32, 3, sparse_input_grad=True), 8, 1.0) == ours
+    assert node(layer.to(memory_format=torch.channels_last), 8, 1.0, torch.channels_last) == "ConvolutionBackward0"
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

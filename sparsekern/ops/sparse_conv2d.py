@@ -155,7 +155,7 @@ def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) 
     """``sparse_conv2d`` with stride and padding as checked pairs."""
     if _is_dense(x, weight, bias, stride, padding):
         if sparse_input_grad and x.requires_grad and is_grad_enabled():
-            x = x.masked_fill(x == 0, 0)  # which lets no gradient through
+            x = torch.hardshrink(x, 0)  # which lets no gradient through where x is zero
         return torch.conv2d(x, weight, bias)
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
@@ -205,17 +205,17 @@ def is_plain(x, weight, padding) -> bool:
 def sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
     """:func:`sparse_conv2d_prepared` without its checks: x (B, C, H, W) is contiguous or channels-last."""
     if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        if not sparse_input_grad and _is_small_and_dense(x, weight, stride, padding):
+        if not sparse_input_grad and _all_dense_pays(x, weight, stride, padding):
             return torch.conv2d(x, weight, bias, stride, padding)
         return SparseConv2dFunction.apply(x, weight, bias, stride, padding, sparse_input_grad)
     return forward_op(x, weight, bias, stride, padding)
 
 
-def _is_small_and_dense(x, weight, stride, padding) -> bool:
+def _all_dense_pays(x, weight, stride, padding) -> bool:
     """Whether PyTorch's own node, which takes less time to call than ours, had better do all passes (see csrc)."""
     if not has_values(x) or _C is None or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not (weight.is_contiguous() if x.is_contiguous() else _check.is_channels_last(weight)):
         return False  # results and gradients have the memory format of what they belong to
-    is_bfloat16 = x.dtype is torch.bfloat16
-    return _C.small_and_dense_conv2d(x.data_ptr(), is_bfloat16, *x.shape, *weight.shape, *stride, *padding)
+    kind = not x.is_contiguous(), x.dtype is torch.bfloat16, x.requires_grad
+    return _C.all_dense_conv2d_pays(x.data_ptr(), *kind, *x.shape, *weight.shape, *stride, *padding)

@@ -1,0 +1,157 @@
+// Which way through a convolution and its gradients is fastest: over the non-zeros of x, over those of grad_y, or densely.
+//
+// Costs are ns on one core of Zen 5 (family 26) with AVX-512. Fitted to eleven shapes (3->64 7x7 to 256->256 1x1, stride 1
+// and 2), B = 1 to 64, both memory formats, 0.02 to 0.6 of x and 0.02 to 1 of grad_y active, float32 and bfloat16: half of
+// the passes are within a sixth, and the way that they lead to takes 1 % more than the best one in the mean. On Zen 4 all
+// takes about 1.75 times as long, the dense way and the others alike. benchmarks/crossovers.py measures them.
+#pragma once
+#include <limits>
+
+#include "sparse_conv2d.h"
+
+namespace sparsekern {
+
+enum class ConvWay { by_x, by_grad, dense };
+
+// A convolution, or its gradients, as the costs see it.
+struct ConvWork {
+  const Conv2d& conv;
+  const SparseConv2dKernels& kernels;
+  bool x_channels_last, y_channels_last;
+
+  double x_elements() const { return double(conv.B * conv.C * conv.H * conv.W); }
+  double y_elements() const { return double(conv.B * conv.O * conv.OH * conv.OW); }
+  double weights() const { return double(conv.O * conv.C * conv.KH * conv.KW); }
+  // The kernels index one sample with 32 bits and keep a bounded number of tap groups.
+  bool sparse_possible() const {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    return conv.C * conv.H * conv.W < kMost && conv.O * conv.OH * conv.OW < kMost && conv.KW <= kMaxKernelWidth &&
+           conv.SW <= kMaxKernelWidth;
+  }
+};
+
+// What a pass over non-zeros takes: for a column of a row that a kernel row and a panel meet, more where the number of
+// non-zeros there cannot be predicted, for each of them, for 16 products, for an element of what has the non-zeros and of the
+// other one (contiguous, channels-last), and for a weight.
+struct SparseCost {
+  double column, uncertain, nonzero, products, source[2], other[2], weight;
+};
+constexpr SparseCost kResultCost{1.3, 1.4, 0.44, 0.170, {0.31, 0.17}, {0.28, 0.22}, 0.10}; // y by x, or grad_x by grad_y
+constexpr SparseCost kValueCost{1.3, 1.0, 1.60, 0.166, {0.55, 0.40}, {0.61, 0.23}, 0.08};  // grad_x at the non-zeros of x
+constexpr SparseCost kWeightCost{1.1, 2.2, 0.14, 0.357, {0.14, 0.15}, {0.69, 0.14}, 0.80}; // grad_weight
+
+inline double sparse_cost(const ConvWork& work, const SparseCost& cost, bool by_grad, double active) {
+  const Conv2d& conv = work.conv;
+  const int64_t from = by_grad ? conv.O : conv.C, to = by_grad ? conv.C : conv.O;
+  const double panels = double(work.kernels.panels(conv, by_grad));
+  const double columns = double(conv.B * conv.KH * conv.OH * (by_grad ? conv.OW : conv.W)) * panels;
+  const double products = double(conv.B * conv.OH * conv.OW * conv.KH * conv.KW * ((to + 15) / 16));
+  const double nonzeros = active * double(from); // of a pixel
+  const double uncertain = (nonzeros < 1 ? nonzeros : 1) * (1 - active);
+  const double x = work.x_elements() * (by_grad ? cost.other : cost.source)[work.x_channels_last];
+  const double y = work.y_elements() * (by_grad ? cost.source : cost.other)[work.y_channels_last];
+  return work.kernels.factors.product * (columns * (cost.column + uncertain * cost.uncertain) +
+                                         nonzeros * (columns * cost.nonzero + products * cost.products)) +
+         work.kernels.factors.element * (x + y) + work.weights() * cost.weight;
+}
+
+// What a pass of PyTorch's takes: for the call, for 16 products forward and backward, for an element of x or y, and for a
+// weight. The call and the elements of contiguous images and channels-last ones: oneDNN wants blocks.
+struct DenseCost {
+  double call[2], forward, backward, element[2], weight;
+};
+
+inline DenseCost dense_cost(DType dtype) {
+  DenseCost cost{{30000, 31000}, 0.152, 0.164, {0.42, 0.17}, 0.55};
+  const bool tiles = processor().tiles; // the newest of these have float16 tiles, the others the arithmetic
+  if (dtype == DType::bf16) cost = {{45000, 31000}, 0.081, 0.100, {0.30, 0.014}, 0.33};
+  if (dtype == DType::bf16 && !processor().dots) cost.forward = cost.backward = 0.160;
+  if ((dtype == DType::bf16 || dtype == DType::f16) && tiles) cost.forward = cost.backward = 0.025; // an estimate
+  return cost;
+}
+
+enum class ConvPass { forward, grad_input, grad_weight };
+
+inline double dense_call(const ConvWork& work) {
+  return dense_cost(work.conv.dtype).call[work.x_channels_last && work.y_channels_last];
+}
+
+inline double dense_cost(const ConvWork& work, ConvPass pass) {
+  const Conv2d& conv = work.conv;
+  const DenseCost cost = dense_cost(conv.dtype);
+  const bool back = pass == ConvPass::grad_input;
+  const int64_t from = back ? conv.O : conv.C, to = back ? conv.C : conv.O;
+  // oneDNN fills up to 16 channels, as the kernels do; float64 goes by plain matrix products.
+  const double vectors = conv.dtype == DType::f64 ? double(to) / 16 : double((to + 15) / 16);
+  const double products = double(conv.B * conv.OH * conv.OW * from * conv.KH * conv.KW) * vectors;
+  return dense_call(work) + products * (pass == ConvPass::forward ? cost.forward : cost.backward) +
+         work.x_elements() * cost.element[work.x_channels_last] + work.y_elements() * cost.element[work.y_channels_last] +
+         work.weights() * cost.weight;
+}
+
+constexpr double kMargin = 0.85; // of the dense way's cost: nearer to it the kernels are slower as often as not
+
+inline bool sparse_forward_pays(const ConvWork& work, double active) {
+  return work.sparse_possible() &&
+         sparse_cost(work, kResultCost, false, active) < kMargin * dense_cost(work, ConvPass::forward);
+}
+
+// How the input's gradient and the weight's are taken, and what that takes.
+struct ConvWays {
+  ConvWay input, weight;
+  double cost;
+};
+
+inline ConvWays dense_backward_ways(const ConvWork& work, bool want_input, bool want_weight) {
+  const double input = want_input ? dense_cost(work, ConvPass::grad_input) : 0;
+  const double weight = want_weight ? dense_cost(work, ConvPass::grad_weight) : 0;
+  // Both at once take one call of oneDNN, which lays grad_y out once.
+  const double shared = want_input && want_weight ? dense_call(work) : 0;
+  return {ConvWay::dense, ConvWay::dense, input + weight - shared};
+}
+
+// grad_x by grad_y, or, if wanted at the non-zeros of x alone, by x; grad_weight by either. Costs of the kernels' count as
+// kMargin says.
+inline ConvWays backward_ways(const ConvWork& work, double x_active, double grad_active, bool at_nonzeros, bool want_input,
+                              bool want_weight) {
+  ConvWays fastest = dense_backward_ways(work, want_input, want_weight);
+  if (!work.sparse_possible()) return fastest;
+  const auto consider = [&](ConvWay input, ConvWay weight, double cost) {
+    if (cost < fastest.cost) fastest = {input, weight, cost};
+  };
+  const auto cost_of = [&](const SparseCost& cost, ConvWay way) {
+    return sparse_cost(work, cost, way == ConvWay::by_grad, way == ConvWay::by_grad ? grad_active : x_active) / kMargin;
+  };
+  ConvWay input = ConvWay::by_grad, weight = ConvWay::by_grad;
+  double input_cost = 0, weight_cost = 0;
+  if (want_input) {
+    input_cost = cost_of(kResultCost, input);
+    if (const double by_x = cost_of(kValueCost, ConvWay::by_x); at_nonzeros && by_x < input_cost)
+      input = ConvWay::by_x, input_cost = by_x;
+  }
+  if (want_weight) {
+    weight_cost = cost_of(kWeightCost, weight);
+    if (const double by_x = cost_of(kWeightCost, ConvWay::by_x); by_x < weight_cost)
+      weight = ConvWay::by_x, weight_cost = by_x;
+  }
+  consider(input, weight, input_cost + weight_cost);
+  if (want_input && want_weight) {
+    consider(ConvWay::dense, weight, dense_cost(work, ConvPass::grad_input) + weight_cost);
+    consider(input, ConvWay::dense, input_cost + dense_cost(work, ConvPass::grad_weight));
+  }
+  return fastest;
+}
+
+// Whether PyTorch's own autograd node had better do all passes of a training step: where the dense way is not much slower for
+// a dense gradient, and calling a Python function, which takes 40 to 60 us more than that node, would be a twentieth of the
+// step. Of longer ones sparse gradients might save more.
+inline bool all_dense_pays(const ConvWork& work, double x_active, bool want_input) {
+  constexpr double kFunction = 20000, kLongest = 1200000; // beside what kMargin leaves
+  const double forward = dense_cost(work, ConvPass::forward);
+  const double dense = forward + dense_backward_ways(work, want_input, true).cost;
+  if (dense > kLongest) return false;
+  const double sparse = sparse_forward_pays(work, x_active) ? sparse_cost(work, kResultCost, false, x_active) / kMargin : forward;
+  return dense < sparse + backward_ways(work, x_active, 1, false, want_input, true).cost + kFunction;
+}
+
+} // namespace sparsekern
