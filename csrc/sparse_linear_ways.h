@@ -59,7 +59,9 @@ inline double dense_cost(const LinearWork& work) {
 
 // Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, and stand where they are far from
 // Zen 4's: 1600 x 1000 (density 0.4, G = 1 and 16), 1600 x 1500 (0.1), 1024 x 700 (0.05 and 0.3) and 784 x 128 (0.4), 0.05
-// to 0.8 active, B = 16 to 256.
+// to 0.8 active, B = 16 to 256. Rows, and panels without a bitmap, were measured there with all other ways at 1600 x 1500,
+// 1024 x 256, 784 x 128, 512 x 2048 and 128 x 1024, densities 0.05 to 1, G = 1, 4 and 16, 0.02 to 1 active, B = 1 to 256,
+// float32 and bfloat16: the ways that all these costs lead to take 1.4 % and 1.8 % more than the best in the mean.
 inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
 // In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
 inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
@@ -67,18 +69,26 @@ inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DT
 inline double rows_cost(const LinearWork& work) {
   const double products = double(work.B) * work.rows_active, d = work.density();
   const double vectors = double((work.support.outputs + 15) / 16); // of an input
+  const double looks = double(work.B) / vectors;                    // at an input of a row
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
-    const double beside = work.pass == Pass::forward ? 16 : work.pass == Pass::grad_input ? 28 : 4;
+    const double beside = work.pass == Pass::forward ? 6 : work.pass == Pass::grad_input ? 28 : 4;
     const double once = work.pass == Pass::grad_weight ? 8 * d : work.pass == Pass::grad_input ? 0.06 * double(work.B) : 0;
     const double rate = work.pass == Pass::grad_input && wide_f32(work) ? 0.75 : 1;
     return rate * ((4.1 * d + beside / vectors) * products + once);
   }
-  if (work.support.group > 1) return 48 * d * products;
-  const bool bits = work.support.bits != nullptr;
-  if (work.pass == Pass::grad_weight) return bits && work.B == 1 ? 2 + 5 * products : 120 * d * products;
-  if (work.pass == Pass::grad_input) return (bits && d > 0.08 ? 6.7 + 14 / vectors : 48 * d) * products;
-  if (bits && d > (two_bytes(work) ? 0.125 : 0.09)) return (two_bytes(work) ? 4.5 : wide_f32(work) ? 2.5 : 3.6) * products;
-  return 37 * d * products;
+  const bool bits = work.support.group == 1 && work.support.bits != nullptr;
+  if (work.pass == Pass::grad_weight) {
+    if (bits && work.B == 1) return 2 + 5 * products;
+    return (two_bytes(work) ? 118 : 100) * d * products + 6 * looks + 12 * d + 2;
+  }
+  if (work.pass == Pass::grad_input) {
+    if (!bits || d <= 0.08) return (two_bytes(work) ? 53 : 45) * d * products + 2.5 * looks;
+    if (wide_f32(work)) return (work.full() ? 5 : 3.5) * products + 1.5 * looks;
+    return wide() ? 4.6 * products + 4 * looks : (6.7 + 14 / vectors) * products;
+  }
+  if (bits && two_bytes(work) && d > 0.125) return 4.5 * products + 2 * looks;
+  if (bits && !two_bytes(work) && d > 0.09) return (wide_f32(work) ? 2.5 : 3.6) * products;
+  return (34 * d + 15 / vectors) * products + 2 * looks;
 }
 
 // A product of a panel elsewhere, by that of Zen 4.
@@ -118,7 +128,7 @@ inline double panels_cost(const LinearWork& work) {
   if (work.pass == Pass::grad_input) return grad_input_panels_cost(work);
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
-  const double B = double(work.B), products = B * work.panels_active;
+  const double B = double(work.B), products = B * work.panels_active, vectors = double((work.support.outputs + 15) / 16);
   if (bits && work.pass == Pass::forward) // by B: a row's list
     return wide_f32(work) ? 3 + 0.06 * B + 0.83 * products : 6 + 0.08 * B + panel_product(1.5) * products;
   if (bits && work.pass == Pass::grad_weight)
@@ -129,7 +139,9 @@ inline double panels_cost(const LinearWork& work) {
     return call + (wide_f32(work) ? 4.5 + 0.075 * B + 0.8 * products
                                   : 6 + 8 * d + 0.08 * B + panel_product(1.5) * products);
   }
-  const double once = work.pass == Pass::grad_weight ? 3 + 38 * d : 5 + 40 * d;
+  const bool weights = work.pass == Pass::grad_weight;
+  if (wide()) return (weights ? (two_bytes(work) ? 8 : 4) : 5) + 40 * d + (0.06 + 0.6 / vectors) * B + 0.97 * products;
+  const double once = weights ? 3 + 38 * d : 5 + 40 * d;
   return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * products; // two bytes are widened one by one
 }
 
@@ -175,7 +187,7 @@ inline double pairs_cost(const LinearWork& work) {
   const double rows = bf16_rate(false) * double(work.B); // as long as so many
   if (work.pass == Pass::grad_weight) return (full ? 6 : bits ? 5.5 : 10.5) + 0.66 * rows;
   const double once = (full ? 4.5 : bits ? 4 : 5 + 14 * work.density()) + (wide() ? 1.5 : 0);
-  return work.pass == Pass::forward ? once + 0.64 * rows : once + 3 + 0.69 * rows;
+  return work.pass == Pass::forward ? once + 0.64 * rows : once + (wide() ? 1 : 3) + 0.69 * rows;
 }
 
 // How much longer a sparse way takes than with AVX-512, measured on Zen 4. PyTorch's products use AVX-512 wherever the
