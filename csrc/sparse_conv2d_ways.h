@@ -50,9 +50,11 @@ inline double sparse_cost(const ConvWork& work, const SparseCost& cost, bool by_
   const double uncertain = (nonzeros < 1 ? nonzeros : 1) * (1 - active);
   const double x = work.x_elements() * (by_grad ? cost.other : cost.source)[work.x_channels_last];
   const double y = work.y_elements() * (by_grad ? cost.source : cost.other)[work.y_channels_last];
-  return work.kernels.factors.product * (columns * (cost.column + uncertain * cost.uncertain) +
-                                         nonzeros * (columns * cost.nonzero + products * cost.products)) +
-         work.kernels.factors.element * (x + y) + work.weights() * cost.weight;
+  const bool wide = conv.dtype == DType::f64; // sums of half as many lanes, and of fewer panels and outputs at a time
+  return work.kernels.factors.product * (wide ? 4.5 : 1) *
+             (columns * (cost.column + uncertain * cost.uncertain) +
+              nonzeros * (columns * cost.nonzero + products * cost.products)) +
+         work.kernels.factors.element * (wide ? 2 : 1) * (x + y) + work.weights() * cost.weight;
 }
 
 // What a pass of PyTorch's takes: for the call, for 16 products forward and backward, for an element of x or y, and for a
@@ -62,11 +64,13 @@ struct DenseCost {
 };
 
 inline DenseCost dense_cost(DType dtype) {
+  const bool tiles = processor().tiles; // of bfloat16, whose rate is an estimate; the newest have them of float16 too
   DenseCost cost{{30000, 31000}, 0.152, 0.164, {0.42, 0.17}, 0.55};
-  const bool tiles = processor().tiles; // the newest of these have float16 tiles, the others the arithmetic
+  if (dtype == DType::f64) return {{20000, 20000}, 0.9, 0.9, {0.5, 0.5}, 1}; // by plain matrix products
   if (dtype == DType::bf16) cost = {{45000, 31000}, 0.081, 0.100, {0.30, 0.014}, 0.33};
   if (dtype == DType::bf16 && !processor().dots) cost.forward = cost.backward = 0.160;
-  if ((dtype == DType::bf16 || dtype == DType::f16) && tiles) cost.forward = cost.backward = 0.025; // an estimate
+  if (dtype == DType::f16) cost.element[0] += 0.6, cost.element[1] += 0.6; // converted to float32 and back
+  if ((dtype == DType::bf16 || dtype == DType::f16) && tiles) cost.forward = cost.backward = 0.025;
   return cost;
 }
 
@@ -81,7 +85,7 @@ inline double dense_cost(const ConvWork& work, ConvPass pass) {
   const DenseCost cost = dense_cost(conv.dtype);
   const bool back = pass == ConvPass::grad_input;
   const int64_t from = back ? conv.O : conv.C, to = back ? conv.C : conv.O;
-  // oneDNN fills up to 16 channels, as the kernels do; float64 goes by plain matrix products.
+  // oneDNN fills up to 16 channels, as the kernels do.
   const double vectors = conv.dtype == DType::f64 ? double(to) / 16 : double((to + 15) / 16);
   const double products = double(conv.B * conv.OH * conv.OW * from * conv.KH * conv.KW) * vectors;
   return dense_call(work) + products * (pass == ConvPass::forward ? cost.forward : cost.backward) +
