@@ -34,6 +34,11 @@ LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int
           bits && bits->scalar_type() == ScalarType::Long ? (const uint64_t*)bits->const_data_ptr() : nullptr};
 }
 
+// Float64 is better without: spreading eight weights by a bitmap takes three times as long as adding them one by one.
+std::optional<Tensor> bits_for(DType dtype, const std::optional<Tensor>& bits) {
+  return dtype == DType::f64 ? std::nullopt : bits;
+}
+
 bool has_pairs(DType dtype) { return dtype == DType::bf16 && kernels().pairs(); }
 
 // A thread is worth waking for about this many multiply-adds.
@@ -229,7 +234,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
                   "sparse_linear: wants x (B, I), weight (blocks, group_size), bias (O,), ccol_indices (I + 1,) and "
                   "row_indices (blocks,)");
   const int64_t B = x.size(0);
-  const LinearSupport w = support(ccol, rows, out_features, group, support_bits);
+  const LinearSupport w = support(ccol, rows, out_features, group, bits_for(dtype, support_bits));
   const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
   LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr, has_pairs(dtype)};
   work.rows_active = work.panels_active = estimate_active(dtype, x);
@@ -340,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
                       grad_y.size(0) == B,
                   "sparse_linear_backward: wants grad_y (B, O), x (B, I), weight (blocks, group_size), "
                   "ccol_indices (I + 1,) and row_indices (blocks,)");
-  const LinearSupport w = support(ccol, rows, grad_y.size(1), group, support_bits);
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), group, bits_for(dtype, support_bits));
   const auto none = [&] { return empty(x.scalar_type(), {0}); };
   const double in_x = want_weight || (want_input && at_nonzeros) ? estimate_active(dtype, x) : 1;
   const auto of_input = [&] {

@@ -34,12 +34,42 @@ inline double bf16_rate(bool dense) { return dense && processor().tiles ? 0.2 : 
 
 inline bool two_bytes(const LinearWork& work) { return work.dtype == DType::bf16 || work.dtype == DType::f16; }
 
+// Costs in float64: once, for the density, for each row and each look at an input of a row (over the vectors of outputs), and
+// for a product, with and without the density. Units as below. Fitted on Zen 5 with AVX-512 at 1024 x 256, 784 x 128 and
+// 512 x 2048 (densities 0.05 to 1, G = 1, 4 and 16), B = 1 to 256: within a fifth.
+struct DoubleCost {
+  double once, density, row, look, product, weight;
+};
+// By pass, for weights one by one and blocks of sixteen.
+constexpr DoubleCost kDoubleRows[3][2]{{{0, 2, 0, 6.5, 0.8, 31.5}, {0, 2, 0, 4.9, 0.6, 7.6}},
+                                       {{0, 0, 0, 6, 0.5, 35}, {0, 0, 0, 10, 0.5, 7.4}},
+                                       {{0, 32, 0, 6.3, 1.3, 102}, {0, 31, 0, 4.1, 0.4, 4.4}}};
+constexpr DoubleCost kDoublePanels[3][2]{{{13, 21, 0.47, 0, 1.82, 0}, {13.7, 8, 0.39, 0, 1.87, 0}},
+                                         {{3.4, 68, 0.7, 0, 0.14, 0}, {11.7, 53, 0.54, 0, 1.8, 0}},
+                                         {{9.3, 50, 0.35, 0, 2.15, 0}, {}}};
+
+inline double double_cost(const LinearWork& work, const DoubleCost (&costs)[3][2], double active) {
+  const DoubleCost& cost = costs[int(work.pass)][work.support.group % 16 == 0];
+  const double B = double(work.B), vectors = double((work.support.outputs + 15) / 16), d = work.density();
+  return cost.once + cost.density * d + cost.row * B + cost.look * B / vectors + (cost.product + cost.weight * d) * active * B;
+}
+
+inline double double_dense_cost(const LinearWork& work) {
+  const double once = work.pass == Pass::grad_weight ? 12 : 24;
+  const double laid_out = work.full() ? 9 : once + (work.support.group % 16 == 0 ? 6 : 22) * work.density();
+  return laid_out + 3 * double(work.B);
+}
+
 // Costs in cycles for every vector of sixteen outputs of one input, so that I and O cancel out. Measured on one Zen 4 core at
 // 3.7 GHz with AVX-512 at 1600 x 1000 (B = 1 to 64, densities 0.05 to 1), for calls and short rows of outputs at 64 x 64,
 // 784 x 128 and 1024 x 256.
 
 inline double dense_cost(const LinearWork& work) {
-  const double B = double(work.B), d = work.density();
+  if (work.dtype == DType::f64) return double_dense_cost(work);
+  // PyTorch takes 10 to 30 times as long in float16, but for single rows forward, where the processor has no arithmetic of it
+  // (with tiles it may).
+  const bool row = work.B == 1 && work.pass == Pass::forward;
+  const double B = double(work.B) * (work.dtype == DType::f16 && !processor().tiles && !row ? 10 : 1), d = work.density();
   const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
   const bool forward = work.pass == Pass::forward, weights = work.pass == Pass::grad_weight;
   const bool bf16 = work.dtype == DType::bf16;
@@ -67,6 +97,7 @@ inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
 inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
 
 inline double rows_cost(const LinearWork& work) {
+  if (work.dtype == DType::f64) return double_cost(work, kDoubleRows, work.rows_active);
   const double products = double(work.B) * work.rows_active, d = work.density();
   const double vectors = double((work.support.outputs + 15) / 16); // of an input
   const double looks = double(work.B) / vectors;                    // at an input of a row
@@ -125,6 +156,7 @@ inline double grad_input_panels_cost(const LinearWork& work) {
   return dots < others ? dots : others;
 }
 inline double panels_cost(const LinearWork& work) {
+  if (work.dtype == DType::f64) return double_cost(work, kDoublePanels, work.panels_active);
   if (work.pass == Pass::grad_input) return grad_input_panels_cost(work);
   const double d = work.density();
   const bool bits = work.support.bits != nullptr;
