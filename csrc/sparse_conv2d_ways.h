@@ -2,8 +2,8 @@
 //
 // Costs are ns on one core of Zen 5 (family 26) with AVX-512. Fitted to eleven shapes (3->64 7x7 to 256->256 1x1, stride 1
 // and 2), B = 1 to 64, both memory formats, 0.02 to 0.6 of x and 0.02 to 1 of grad_y active, float32 and bfloat16: half of
-// the passes are within a sixth, and the way that they lead to takes 1 % more than the best one in the mean. On Zen 4 all
-// takes about 1.75 times as long, the dense way and the others alike. benchmarks/crossovers.py measures them.
+// the passes are within a sixth, and the way that they lead to takes 1 to 2 % more than the best one in the mean. On Zen 4
+// all takes about 1.75 times as long, the dense way and the others alike. benchmarks/crossovers.py measures them.
 #pragma once
 #include <limits>
 
