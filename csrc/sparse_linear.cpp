@@ -182,7 +182,7 @@ void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tenso
 // What Python's plan_support() made, or a plan of nothing where it does not fit.
 LinearPlan plan_of(const LinearSupport& w, int64_t weights, const std::optional<Tensor>& lists) {
   LinearPlan plan{w.inputs, w.outputs};
-  if (!lists || lists->scalar_type() != ScalarType::Int) return plan;
+  if (w.group != 1 || !lists || lists->scalar_type() != ScalarType::Int) return plan;
   const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
   const int64_t cells = parts(w.outputs, kPlanOutputs) * parts(w.inputs, kPlanInputs);
   if (lists->numel() <= cells) return plan;
@@ -195,6 +195,29 @@ LinearPlan plan_of(const LinearSupport& w, int64_t weights, const std::optional<
   STD_TORCH_CHECK(lists->numel() == cells + 1 + 2 * entries + 1 + 2 * weights,
                   "sparse_linear: wants the support_plan of this support");
   return plan;
+}
+
+// What plan_support() made of groups of sixteen outputs and more, or nothing where it does not fit.
+LinearGroups groups_of(const LinearSupport& w, int64_t blocks, const std::optional<Tensor>& lists) {
+  if (w.group % 16 != 0 || !lists || lists->scalar_type() != ScalarType::Int) return {};
+  const int64_t groups = (w.outputs + w.group - 1) / w.group;
+  STD_TORCH_CHECK(lists->numel() == groups + 1 + 2 * blocks, "sparse_linear: wants the support_plan of this support");
+  const auto* starts = (const int32_t*)lists->const_data_ptr();
+  return {starts, starts + groups + 1, starts + groups + 1 + blocks};
+}
+
+// Calls body(begin, end, first, last) for blocks of rows and, where these are not as many for each thread, parts of n columns.
+template <class Body> void for_samples(int64_t rows, int64_t n, const Body& body) {
+  constexpr int64_t kRows = kLinearGroupSamples;
+  const int64_t blocks = (rows + kRows - 1) / kRows, threads = torch::stable::get_num_threads();
+  const int64_t parts = blocks % threads == 0 ? 1 : threads, step = (n + parts - 1) / parts;
+  torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+      const int64_t begin = t / parts * kRows, first = t % parts * step;
+      if (first < n)
+        body(begin, begin + kRows < rows ? begin + kRows : rows, first, first + step < n ? first + step : n);
+    }
+  });
 }
 
 // By the plan of the support. Few rows are split by their outputs too, which changes no sum.
@@ -236,13 +259,21 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const int64_t B = x.size(0);
   const LinearSupport w = support(ccol, rows, out_features, group, bits_for(dtype, support_bits));
   const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
-  LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells != nullptr, has_pairs(dtype)};
+  const LinearGroups groups = groups_of(w, rows.size(0), support_plan);
+  LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells || groups.starts, has_pairs(dtype)};
   work.rows_active = work.panels_active = estimate_active(dtype, x);
   const Way way = fastest_way(work);
   if (way == Way::dense) return dense_linear(work, x, weight, bias);
   Tensor y = empty(x.scalar_type(), {B, out_features});
   if (way == Way::lanes) {
     forward_by_plan(work, plan, x, weight, bias, y);
+    return y;
+  }
+  if (way == Way::groups) {
+    for_samples(B, (out_features + group - 1) / group, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().forward_groups(dtype, w, groups, x.const_data_ptr(), weight.const_data_ptr(),
+                               bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), begin, end, first, last);
+    });
     return y;
   }
   if (way == Way::pairs) {
@@ -267,12 +298,20 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   return y;
 }
 
-Tensor grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight) {
+Tensor grad_input(const LinearWork& work, const LinearGroups& groups, const Tensor& grad_y, const Tensor& x,
+                  const Tensor& weight) {
   const Way way = fastest_way(work);
   if (way == Way::dense) return dense_grad_input(work, grad_y, x, weight);
   const LinearSupport& w = work.support;
   const int64_t B = work.B;
   Tensor grad_x = empty(x.scalar_type(), {B, w.inputs});
+  if (way == Way::groups) {
+    for_samples(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().grad_input_groups(work.dtype, w, groups, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                                  grad_x.mutable_data_ptr(), work.at_nonzeros, begin, end, first, last);
+    });
+    return grad_x;
+  }
   if (way == Way::pairs) {
     for_blocks(B, w.inputs, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().grad_input_pairs(w, grad_y.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
@@ -294,11 +333,23 @@ Tensor grad_input(const LinearWork& work, const Tensor& grad_y, const Tensor& x,
   return grad_x;
 }
 
-void grad_weight(const LinearWork& work, const Tensor& grad_y, const Tensor& x, Tensor& grad) {
+void grad_weight(const LinearWork& work, const LinearGroups& groups, const Tensor& grad_y, const Tensor& x, Tensor& grad) {
   const Way way = fastest_way(work);
   if (way == Way::dense) return dense_grad_weight(work, grad_y, x, grad);
   const LinearSupport& w = work.support;
   const int64_t B = work.B, I = w.inputs;
+  if (way == Way::groups) {
+    const int64_t blocks = (B + kLinearGroupSamples - 1) / kLinearGroupSamples;
+    void* samples = scratch(7, size_t(blocks * kLinearGroupSamples * I) * (work.dtype == DType::f64 ? 8 : 4));
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      kernels().group_samples(work.dtype, x.const_data_ptr(), B, I, samples, begin, end);
+    });
+    parallel_stretches((w.outputs + w.group - 1) / w.group, 4, [&](int64_t begin, int64_t end) {
+      kernels().grad_weight_groups(work.dtype, w, groups, grad_y.const_data_ptr(), samples, grad.mutable_data_ptr(), B, begin,
+                                   end);
+    });
+    return;
+  }
   if (way == Way::pairs) {
     const int64_t outputs = (w.outputs + w.group - 1) / w.group * w.group;
     const int64_t panels = (outputs + kLinearPanel - 1) / kLinearPanel;
@@ -334,7 +385,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
                                                           const Tensor& weight_, const Tensor& ccol_indices_,
                                                           const Tensor& row_indices_, bool at_nonzeros, bool want_input,
                                                           bool want_weight, bool want_bias,
-                                                          const std::optional<Tensor>& support_bits) {
+                                                          const std::optional<Tensor>& support_bits,
+                                                          const std::optional<Tensor>& support_plan) {
   const DType dtype = dtype_of("sparse_linear_backward", x_);
   check("sparse_linear_backward", x_, grad_y_);
   check("sparse_linear_backward", x_, weight_);
@@ -346,19 +398,21 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
                   "sparse_linear_backward: wants grad_y (B, O), x (B, I), weight (blocks, group_size), "
                   "ccol_indices (I + 1,) and row_indices (blocks,)");
   const LinearSupport w = support(ccol, rows, grad_y.size(1), group, bits_for(dtype, support_bits));
+  const LinearGroups groups = groups_of(w, rows.size(0), support_plan);
+  const bool has_groups = groups.starts != nullptr;
   const auto none = [&] { return empty(x.scalar_type(), {0}); };
   const double in_x = want_weight || (want_input && at_nonzeros) ? estimate_active(dtype, x) : 1;
   const auto of_input = [&] {
-    LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), false, has_pairs(dtype), at_nonzeros};
+    LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype), at_nonzeros};
     if (at_nonzeros) work.rows_active = in_x;
     if (has_panels(work)) work.panels_active = estimate_active(dtype, grad_y);
-    return grad_input(work, grad_y, x, weight);
+    return grad_input(work, groups, grad_y, x, weight);
   };
   const auto of_weight = [&] {
-    LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), false, has_pairs(dtype)};
+    LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype)};
     work.rows_active = work.panels_active = in_x;
     Tensor grad = empty(x.scalar_type(), {weight.size(0), weight.size(1)});
-    grad_weight(work, grad_y, x, grad);
+    grad_weight(work, groups, grad_y, x, grad);
     return grad;
   };
   return {want_input ? of_input() : none(), want_weight ? of_weight() : none(), want_bias ? grad_bias(grad_y) : none()};

@@ -27,6 +27,14 @@ struct LinearPlan {
 };
 constexpr int64_t kPlanOutputs = 256, kPlanInputs = 96;
 
+// The blocks of each group of outputs, in the order of its inputs.
+struct LinearGroups {
+  const int32_t* starts = nullptr; // (groups + 1,): where the blocks of each begin
+  const int32_t* input = nullptr;  // (blocks,)
+  const int32_t* source = nullptr; // (blocks,): which stored block it is
+};
+constexpr int64_t kLinearGroupSamples = 32; // at a time
+
 struct SparseLinearKernels {
   // Rows [begin, end) of y. bias may be null.
   void (*forward)(DType, const LinearSupport&, const void* x, const void* weight, const void* bias, void* y,
@@ -47,6 +55,17 @@ struct SparseLinearKernels {
   void (*order_weights)(DType, const LinearPlan&, const void* weight, void* ordered, int64_t begin, int64_t end);
   void (*forward_lanes)(DType, const LinearPlan&, const void* x, const void* ordered, const void* bias, void* y,
                         int64_t begin, int64_t end, int64_t first, int64_t last);
+  // By groups of outputs, G a multiple of 16: groups [first, last) of rows [begin, end) of y; inputs [first, last) of rows
+  // [begin, end) of grad_x; the blocks of groups [begin, end) of grad_weight by x as samples (ceil(B / kLinearGroupSamples), I,
+  // kLinearGroupSamples) in the accumulator type, of which group_samples transposes [begin, end).
+  void (*forward_groups)(DType, const LinearSupport&, const LinearGroups&, const void* x, const void* weight, const void* bias,
+                         void* y, int64_t begin, int64_t end, int64_t first, int64_t last);
+  void (*grad_input_groups)(DType, const LinearSupport&, const LinearGroups&, const void* grad_y, const void* x,
+                            const void* weight, void* grad_x, bool at_nonzeros, int64_t begin, int64_t end, int64_t first,
+                            int64_t last);
+  void (*group_samples)(DType, const void* x, int64_t B, int64_t I, void* samples, int64_t begin, int64_t end);
+  void (*grad_weight_groups)(DType, const LinearSupport&, const LinearGroups&, const void* grad_y, const void* samples,
+                             void* grad_weight, int64_t B, int64_t begin, int64_t end);
   void (*grad_input_panels)(DType, const LinearSupport&, const void* grad_y, const void* x, const void* weight,
                             void* grad_x, bool at_nonzeros, bool all, int64_t begin, int64_t end, int64_t first,
                             int64_t last);

@@ -2,6 +2,7 @@
 
 #include "sparse_linear_blocks.h"
 #include "sparse_linear_dots.h"
+#include "sparse_linear_groups.h"
 #include "sparse_linear_lanes.h"
 #include "sparse_linear_layout.h"
 #include "sparse_linear_pairs.h"
@@ -217,6 +218,37 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
           dispatch(dtype, [&]<class T>() {
             const auto weight = (const acc_t<T>*)ordered;
             forward_lanes<T>(plan, (const T*)x, weight, (const T*)bias, (T*)y, begin, end, first, last);
+          });
+        },
+    .forward_groups =
+        [](DType dtype, const LinearSupport& w, const LinearGroups& groups, const void* x, const void* weight, const void* bias,
+           void* y, int64_t begin, int64_t end, int64_t first, int64_t last) {
+          dispatch(dtype, [&]<class T>() {
+            forward_groups(w, groups, (const T*)x, (const T*)weight, (const T*)bias, (T*)y, begin, end, first, last);
+          });
+        },
+    .grad_input_groups =
+        [](DType dtype, const LinearSupport& w, const LinearGroups& groups, const void* grad_y, const void* x,
+           const void* weight, void* grad_x, bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+          dispatch(dtype, [&]<class T>() {
+            const T *gy = (const T*)grad_y, *at = (const T*)x, *weights = (const T*)weight;
+            grad_input_groups(w, groups, gy, at, weights, (T*)grad_x, at_nonzeros, begin, end, first, last);
+          });
+        },
+    .group_samples =
+        [](DType dtype, const void* x, int64_t B, int64_t I, void* samples, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            for (int64_t t = begin; t < end; t++) {
+              const int64_t s = t * kGroupSamples;
+              transpose_group_samples((const T*)x + s * I, I, min(kGroupSamples, B - s), I, (acc_t<T>*)samples + s * I);
+            }
+          });
+        },
+    .grad_weight_groups =
+        [](DType dtype, const LinearSupport& w, const LinearGroups& groups, const void* grad_y, const void* samples,
+           void* grad, int64_t B, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            grad_weight_groups(w, groups, (const T*)grad_y, (const acc_t<T>*)samples, (T*)grad, B, begin, end);
           });
         },
     .grad_input_panels =

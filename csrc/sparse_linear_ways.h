@@ -1,13 +1,13 @@
 // Which way through a sparse linear layer is fastest: by its non-zeros one row at a time, by panels of its weights for many
-// rows at once, by such tiles whatever is zero, with one sample in each lane, by pairs of bfloat16, or by the dense matrix
-// product.
+// rows at once, by such tiles whatever is zero, with one sample in each lane, by groups of outputs, by pairs of bfloat16, or by
+// the dense matrix product.
 #pragma once
 #include "sparse_linear.h"
 
 namespace sparsekern {
 
 enum class Pass { forward, grad_input, grad_weight };
-enum class Way { rows, panels, tiles, lanes, pairs, dense };
+enum class Way { rows, panels, tiles, lanes, groups, pairs, dense };
 
 // What a pass has to do: B rows, the stored weights, and how much is not zero of the factor whose zeros each way skips.
 struct LinearWork {
@@ -16,7 +16,7 @@ struct LinearWork {
   int64_t B;
   const LinearSupport& support;
   int64_t blocks;
-  bool has_plan, has_pairs; // for one sample in each lane, and by pairs of bfloat16
+  bool has_plan, has_pairs; // for one sample in each lane or by groups, and by pairs of bfloat16
   bool at_nonzeros = false; // the input's gradient
   double rows_active = 1, panels_active = 1;
 
@@ -81,7 +81,8 @@ inline double dense_cost(const LinearWork& work) {
                 : weights       ? (B < 16 ? 13 : 7) + 1.28 * B
                                 : 8 + 1.33 * B;
   cost += (bf16 ? 75000 : 18000) / vectors; // of calling PyTorch: 20 us by way of oneDNN, else 5 us
-  if (work.full()) return bf16 && forward ? cost + 3 : cost; // its parts go through all weights
+  if (work.full() && (!weights || work.support.outputs % work.support.group == 0)) // its parts go through all weights
+    return bf16 && forward ? cost + 3 : cost;
   if (work.support.bits != nullptr) return cost + 4.5; // laid out or collected
   if (bf16 && work.support.group % 16 == 0) return cost + 4 + 4 * d;
   return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
@@ -96,16 +97,27 @@ inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
 // In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
 inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
 
+// Of rows of blocks there: for a block, an active input of a row, a look at an input of a row, and once for a block. Float32
+// and two bytes, by pass.
+struct BlockCost {
+  double block, active, look, once;
+};
+constexpr BlockCost kBlockRows[3][2]{
+    {{4.4, 2, 0.7, 0}, {3, 3.3, 0.7, 0}}, {{3.1, 10.5, 1, 0}, {2.5, 18.5, 0.95, 0}}, {{2.45, 2.3, 0.83, 8.7}, {2.5, 3.6, 0.8, 6.5}}};
+
 inline double rows_cost(const LinearWork& work) {
   if (work.dtype == DType::f64) return double_cost(work, kDoubleRows, work.rows_active);
   const double products = double(work.B) * work.rows_active, d = work.density();
   const double vectors = double((work.support.outputs + 15) / 16); // of an input
   const double looks = double(work.B) / vectors;                    // at an input of a row
+  if (work.support.group % 16 == 0 && wide()) {
+    const BlockCost& cost = kBlockRows[int(work.pass)][two_bytes(work)];
+    return (cost.block * d + cost.active / vectors) * products + cost.look * looks + cost.once * d;
+  }
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
     const double beside = work.pass == Pass::forward ? 6 : work.pass == Pass::grad_input ? 28 : 4;
     const double once = work.pass == Pass::grad_weight ? 8 * d : work.pass == Pass::grad_input ? 0.06 * double(work.B) : 0;
-    const double rate = work.pass == Pass::grad_input && wide_f32(work) ? 0.75 : 1;
-    return rate * ((4.1 * d + beside / vectors) * products + once);
+    return (4.1 * d + beside / vectors) * products + once;
   }
   const bool bits = work.support.group == 1 && work.support.bits != nullptr;
   if (work.pass == Pass::grad_weight) {
@@ -199,11 +211,29 @@ inline double tiles_cost(const LinearWork& work) {
 // The forward pass with one sample in each lane, by a plan of the support. Measured at 1600 x 1500, 1024 x 256 and
 // 784 x 128 (densities 0.05 to 0.4, B = 32 to 256) with AVX-512 and float32.
 inline bool has_lanes(const LinearWork& work) {
-  return work.has_plan && work.B >= 64 && work.dtype != DType::f64 && isa() == Isa::avx512;
+  const bool one_by_one = work.has_plan && work.support.group == 1;
+  return one_by_one && work.pass == Pass::forward && work.B >= 64 && work.dtype != DType::f64 && isa() == Isa::avx512;
 }
 inline double lanes_cost(const LinearWork& work) {
   const double d = work.density(), rows = double((work.B + 15) / 16 * 16);
   return (wide_f32(work) ? 0.65 : 1) * (0.5 + 35 * d + (0.04 + 16 / double(work.support.outputs) + 1.65 * d) * rows);
+}
+
+// By groups of outputs, whatever is zero: transposing, copying the blocks and multiplying. Fitted, as were the rows of blocks
+// above, on Zen 5 at 1600 x 1500, 1024 x 256, 784 x 128 and 512 x 2048 (densities 0.05 to 1), 0.02 to 1 active, B = 1 to 256,
+// float32 and bfloat16; with AVX2 and in float64 (3.6 times as long) at two of them. Zen 4, which multiplies half as fast, is an
+// estimate.
+inline bool has_groups(const LinearWork& work) {
+  return work.has_plan && work.support.group % 16 == 0 && work.B > 1 && fits(work);
+}
+inline double groups_cost(const LinearWork& work) {
+  const double B = double(work.B), rows = double((work.B + 15) / 16 * 16), looks = B / double((work.support.outputs + 15) / 16);
+  const double d = work.density(), copied = d * double((work.B + 31) / 32);
+  const double rate = d * (work.dtype == DType::f64 ? 3.6 : 1) * (wide() ? 1 : 2);
+  if (work.pass == Pass::grad_weight)
+    return 0.2 * looks + 0.018 * B + 10.5 * d * double((work.B + 127) / 128) + 0.65 * rate * B;
+  if (work.pass == Pass::grad_input) return 0.35 * looks + 0.012 * rows + 6.8 * copied + 0.5 * rate * rows;
+  return 0.25 * looks + 5.4 * copied + 0.55 * rate * rows;
 }
 
 // By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 200 rows forward,
@@ -241,6 +271,7 @@ inline Way fastest_way(const LinearWork& work) {
   if (has_panels(work)) consider(Way::panels, panels_cost(work) * slowdown(Way::panels));
   if (has_tiles(work)) consider(Way::tiles, tiles_cost(work));
   if (has_lanes(work)) consider(Way::lanes, lanes_cost(work));
+  if (has_groups(work)) consider(Way::groups, groups_cost(work) * slowdown(Way::groups));
   if (has_pairs(work)) consider(Way::pairs, pairs_cost(work));
   consider(Way::dense, dense_cost(work));
   return way;

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sparsekern as sk
 from oracle import compare, run, sparse_randn
 from sparsekern.nn.mask import draw_supports, mask_to_indices, supports_to_indices
-from sparsekern.ops.sparse_linear import pack_support, plan_support, sparse_linear_prepared
+from sparsekern.ops.sparse_linear import pack_support, plan_groups, plan_support, sparse_linear_prepared
 from sparsekern.ops.sparse_linear_reference import densify
 from tolerance import DTYPES, assert_same_bits, assert_sums_close
 
@@ -388,6 +388,74 @@ def test_the_plan_of_a_support():
     wanted = [(i, o) for i in range(I) for o in rows[ccol[i] : ccol[i + 1]].tolist()]
     assert [wanted[k] for k in source] == places
     assert sorted(source) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "I", "O", "G"),
+    [
+        (2, 97, 273, 16),
+        (17, 300, 500, 16),
+        (64, 96, 256, 32),
+        (140, 95, 15, 16),
+        (33, 200, 100, 48),
+        (140, 2500, 1601, 16),
+    ],
+)
+def test_by_groups(threads, B, I, O, G, dtype):
+    """Dense inputs of layers with groups of whole registers, with what a layer prepares: whole and broken parts of all."""
+    for density, mask, at_nonzeros in itertools.product((0.1, 0.25), (any_mask, drawn_mask), (False, True)):
+        indices = mask(I, O, G, density)
+        tensors = {
+            "x": sparse_randn(B, I, active=0.9, dtype=dtype),
+            "weight": packed_weight(indices, O, G, dtype),
+            "bias": torch.randn(O).to(dtype),
+        }
+        plan = plan_groups(*indices, -(-O // G))
+        function = functools.partial(
+            bound(sparse_linear_prepared, indices, O, at_nonzeros), support_bits=None, support_plan=plan
+        )
+        reference = bound(sk.reference.sparse_linear, indices, O, at_nonzeros)
+        compare(function, reference, tensors, torch.randn(B, O).to(dtype), f"{density=} {mask.__name__} {at_nonzeros=}")
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            leaves = [t.clone().requires_grad_() for t in tensors.values()]
+            y = function(**dict(zip(tensors, leaves, strict=True)))
+            results.append((y, *torch.autograd.grad(y.sum(), leaves)))
+            for got, first in zip(results[-1], results[0], strict=True):
+                assert_same_bits(got, first, f"{count} threads")
+
+
+def test_weights_of_outputs_that_do_not_exist_count_nowhere():
+    """The last group is smaller, and its unused lanes may hold anything."""
+    I, O, G, B = 40, 20, 16, 8
+    ccol, rows = drawn_mask(I, O, G, 0.5)
+    weight = packed_weight((ccol, rows), O, G, torch.float32)
+    weight[rows == 1, O - G :] = torch.nan
+    x = torch.full((B, I), torch.inf).requires_grad_()
+    grad_y = torch.ones(B, O)
+    plan = plan_groups(ccol, rows, 2)
+    y = sparse_linear_prepared(x, weight.requires_grad_(), ccol, rows, O, None, False, None, plan)
+    grad_x, grad = torch.autograd.grad(y, (x, weight), grad_y)
+    assert grad_x.isfinite().all()
+    assert (grad[rows == 1, O - G :] == 0).all()
+
+
+def test_the_groups_of_a_support():
+    """Each block once, by its group and by rising input."""
+    ccol, rows = any_mask(70, 90, 16, 0.4)
+    groups, blocks = 6, len(rows)
+    plan = plan_groups(ccol, rows, groups)
+    assert plan.dtype == torch.int32
+    starts, inputs, source = plan.split((groups + 1, blocks, blocks))
+    of_block = torch.repeat_interleave(torch.arange(70), ccol.diff().long())
+    assert source.sort().values.tolist() == list(range(blocks))
+    for g in range(groups):
+        part = slice(starts[g], starts[g + 1])
+        assert (rows[source[part].long()] == g).all()
+        assert inputs[part].tolist() == of_block[source[part].long()].tolist() == sorted(inputs[part].tolist())
+    assert plan_groups(*drawn_mask(70, 90, 16, 0.95), groups) is None
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48)])

@@ -17,6 +17,7 @@ from sparsekern.ops.sparse_linear import (
     forward_op,
     has_values,
     pack_support,
+    plan_groups,
     plan_support,
     sparse_linear_prepared,
     sparse_linear_rows,
@@ -138,7 +139,9 @@ class SparseLinear(nn.Module):
         ccol, rows, group_size = self.ccol_indices, self.row_indices, self.group_size
         made_of, version = rows, None if rows.is_inference() else rows._version
         if group_size >= 16 or not has_values(rows):
-            self._packed = PackedSupport(made_of, version)
+            in_registers = group_size % 16 == 0 and has_values(rows)
+            plan = plan_groups(ccol, rows, -(-self.out_features // group_size)) if in_registers else None
+            self._packed = PackedSupport(made_of, version, plan=plan)
             return
         # Groups too small for a register are as stored a layer without groups, whose kernels are 1.5 to 3 times as fast.
         fits = len(rows) * group_size < 2**31  # the indices are int32
@@ -178,19 +181,18 @@ class SparseLinear(nn.Module):
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
         bits = plan = None
-        if self.group_size < 16:
-            packed = self._packed
-            if is_compiling():
-                fits = _fits_traced(packed, rows)
-            else:
-                fits = packed.made_of is rows and (packed.version is None or packed.version == rows._version)
-                if not fits and not are_transforms_active():  # under which rows may be one of many supports
-                    self._pack_support()
-                    packed, fits = self._packed, True
-            if fits:
-                bits, plan = packed.bits, packed.plan
-                if packed.row_indices is not None:
-                    ccol, rows = packed.ccol_indices, packed.row_indices
+        packed = self._packed
+        if is_compiling():
+            fits = _fits_traced(packed, rows)
+        else:
+            fits = packed.made_of is rows and (packed.version is None or packed.version == rows._version)
+            if not fits and not are_transforms_active():  # under which rows may be one of many supports
+                self._pack_support()
+                packed, fits = self._packed, True
+        if fits:
+            bits, plan = packed.bits, packed.plan
+            if packed.row_indices is not None:
+                ccol, rows = packed.ccol_indices, packed.row_indices
         plain = (
             isinstance(x, Tensor)
             and x.is_cpu
@@ -203,8 +205,9 @@ class SparseLinear(nn.Module):
         )
         if plain and not is_grad_enabled():
             return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
-        if not plain and bits is not None:
-            if bits.device != buffers["row_indices"].device:  # moved by FSDP, which keeps tensor and version
+        prepared = plan if bits is None else bits
+        if not plain and prepared is not None:
+            if prepared.device != buffers["row_indices"].device:  # moved by FSDP, which keeps tensor and version
                 self._packed = PackedSupport()
                 return self.forward(x)
             if rows is not buffers["row_indices"]:

@@ -15,7 +15,17 @@ from sparsekern.ops._library import Function, define, has_triton, has_values, in
 
 
 def _sparse_linear_backward_fake(
-    grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, want_input, want_weight, want_bias, support_bits=None
+    grad_y,
+    x,
+    weight,
+    ccol_indices,
+    row_indices,
+    at_nonzeros,
+    want_input,
+    want_weight,
+    want_bias,
+    support_bits=None,
+    support_plan=None,
 ):
     return (
         torch.empty_like(x) if want_input else x.new_empty(0),
@@ -36,8 +46,8 @@ define(
 # weight and its gradient may be stored in groups where the support is that of their single outputs: see split_groups().
 define(
     "sparse_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor ccol_indices, Tensor row_indices,"
-    " bool at_nonzeros, bool want_input, bool want_weight, bool want_bias, Tensor? support_bits=None)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    " bool at_nonzeros, bool want_input, bool want_weight, bool want_bias, Tensor? support_bits=None,"
+    " Tensor? support_plan=None) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     reference=reference.sparse_linear_backward,
     fake=_sparse_linear_backward_fake,
 )
@@ -56,19 +66,19 @@ class SparseLinearFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad, support_bits, _ = inputs
-        ctx.save_for_backward(x, weight, ccol_indices, row_indices, support_bits)
+        x, weight, _, ccol_indices, row_indices, _, sparse_input_grad, *prepared = inputs
+        ctx.save_for_backward(x, weight, ccol_indices, row_indices, *prepared)
         ctx.sparse_input_grad = sparse_input_grad
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, weight, ccol_indices, row_indices, support_bits = ctx.saved_tensors
+        x, weight, ccol_indices, row_indices, *prepared = ctx.saved_tensors
         # A second derivative goes through the plain bodies.
         twice = is_grad_enabled() and any(t.requires_grad for t in (grad_y, x, weight))
         body = reference.sparse_linear_backward if twice else _backward
         support = ccol_indices, row_indices
         wanted = ctx.needs_input_grad[:3]
-        gradients = body(grad_y.contiguous(), x, weight, *support, ctx.sparse_input_grad, *wanted, support_bits)
+        gradients = body(grad_y.contiguous(), x, weight, *support, ctx.sparse_input_grad, *wanted, *prepared)
         return *wanted_only(ctx, *gradients), None, None, None, None, None, None
 
 
@@ -97,6 +107,20 @@ def pack_support(ccol_indices: Tensor, row_indices: Tensor, out_features: int, g
 
 
 PLAN_OUTPUTS, PLAN_INPUTS = 256, 96  # of a cell: kPlanOutputs and kPlanInputs of csrc/sparse_linear.h
+
+
+def plan_groups(ccol_indices: Tensor, row_indices: Tensor, groups: int) -> Tensor | None:
+    """The blocks of each group of sixteen outputs or more, or None where the kernels of the CPU would not use them.
+
+    int32, three lists one after the other: ``starts`` says where each group's blocks begin, ``input`` is a block's input
+    and ``source`` the stored block, by rising input.
+    """
+    blocks = len(row_indices)
+    if not row_indices.is_cpu or blocks * 4 > 3 * groups * (len(ccol_indices) - 1):  # as good as dense
+        return None
+    source = torch.argsort(row_indices, stable=True)
+    starts = torch.nn.functional.pad(torch.bincount(row_indices, minlength=groups).cumsum(0), (1, 0))
+    return torch.cat((starts, reference.block_inputs(ccol_indices, blocks)[source], source)).int()
 
 
 def plan_support(

@@ -70,6 +70,7 @@ def sparse_linear_backward(
     want_weight: bool,
     want_bias: bool,
     support_bits: Tensor | None = None,  # not needed here
+    support_plan: Tensor | None = None,  # not needed here
 ) -> tuple[Tensor, Tensor, Tensor]:
     stored = weight.shape
     if len(row_indices) != len(weight):  # of single outputs

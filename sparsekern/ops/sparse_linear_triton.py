@@ -105,6 +105,7 @@ def sparse_linear_backward(
     want_weight: bool,
     want_bias: bool,
     support_bits: Tensor | None = None,  # not needed here
+    support_plan: Tensor | None = None,  # not needed here
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _plain(x, weight.numel()) or grad_y.numel() == 0:
         return reference.sparse_linear_backward(

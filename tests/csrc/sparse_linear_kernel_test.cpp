@@ -102,6 +102,20 @@ struct Plan {
   }
 };
 
+// The lists of LinearGroups.
+struct Groups {
+  std::vector<int32_t> starts, input, source;
+  Groups(const Layer& layer, int64_t I, int64_t groups) {
+    for (int64_t g = 0; g < groups; g++) {
+      starts.push_back(int32_t(source.size()));
+      for (int64_t i = 0; i < I; i++)
+        for (int32_t b = layer.ccol[size_t(i)]; b < layer.ccol[size_t(i + 1)]; b++)
+          if (layer.rows[size_t(b)] == g) input.push_back(int32_t(i)), source.push_back(b);
+    }
+    starts.push_back(int32_t(source.size()));
+  }
+};
+
 void fill(Array& a, double active, std::mt19937& random) {
   for (size_t i = 0; i < a.n; i++) {
     const bool zero = double(random() % 1000) >= 1000 * active;
@@ -177,6 +191,19 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
     compare(c, "forward_lanes", got, y);
   }
 
+  const int64_t count = (O + G - 1) / G; // of groups
+  const Groups lists(layer, I, count);
+  const LinearGroups groups{lists.starts.data(), lists.input.data(), lists.source.data()};
+  const bool by_groups = G % 16 == 0 && B > 0;
+  if (by_groups) {
+    got = Array(c.dtype, size_t(B * O));
+    for (int part = 0; part < 2; part++)
+      for (int side = 0; side < 2; side++)
+        kernels.forward_groups(c.dtype, w, groups, x.data(), weight.data(), bias.data(), got.data(), part ? row : 0,
+                               part ? B : row, side ? count / 2 : 0, side ? count : count / 2);
+    compare(c, "forward_groups", got, y);
+  }
+
   const bool pairs = c.dtype == DType::bf16 && kernels.pairs() && (c.bits || G % 16 == 0 || c.density == 1);
   got = Array(c.dtype, size_t(B * O));
   for (int part = 0; part < 2 && B > 0 && pairs; part++)
@@ -199,6 +226,12 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
       compare(c, all ? "grad_input_panels of all" : "grad_input_panels", got, wanted);
     }
     got = Array(c.dtype, size_t(B * I));
+    for (int part = 0; part < 2 && by_groups; part++)
+      for (int side = 0; side < 2; side++)
+        kernels.grad_input_groups(c.dtype, w, groups, grad_y.data(), x.data(), weight.data(), got.data(), only,
+                                  part ? row : 0, part ? B : row, side ? I / 3 : 0, side ? I : I / 3);
+    if (by_groups) compare(c, "grad_input_groups", got, wanted);
+    got = Array(c.dtype, size_t(B * I));
     for (int side = 0; side < 2 && B > 0 && pairs; side++)
       kernels.grad_input_pairs(w, grad_y.data(), x.data(), weight.data(), got.data(), only, 0, B, side ? input : 0,
                                side ? I : input);
@@ -220,6 +253,19 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
     kernels.grad_weight_panels(c.dtype, w, memory, x.data(), all, got.data(), B, I / 3, I);
     kernels.grad_weight_panels(c.dtype, w, memory, x.data(), all, got.data(), B, 0, I / 3);
     compare(c, all ? "grad_weight_panels of all" : "grad_weight_panels", got, grad);
+  }
+
+  if (by_groups) {
+    const int64_t parts = (B + kLinearGroupSamples - 1) / kLinearGroupSamples;
+    const size_t size = size_t(parts * kLinearGroupSamples * I) * (c.dtype == DType::f64 ? 8 : 4);
+    memory = scratch(7, size);
+    std::memset(memory, 0xff, size);
+    kernels.group_samples(c.dtype, x.data(), B, I, memory, 0, parts / 2);
+    kernels.group_samples(c.dtype, x.data(), B, I, memory, parts / 2, parts);
+    got = Array(c.dtype, blocks * size_t(G));
+    kernels.grad_weight_groups(c.dtype, w, groups, grad_y.data(), memory, got.data(), B, count / 2, count);
+    kernels.grad_weight_groups(c.dtype, w, groups, grad_y.data(), memory, got.data(), B, 0, count / 2);
+    compare(c, "grad_weight_groups", got, grad);
   }
 
   if (pairs && B > 0) {
