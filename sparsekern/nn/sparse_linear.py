@@ -6,8 +6,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn, strided
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, supports_to_indices
@@ -182,38 +183,41 @@ class SparseLinear(nn.Module):
         ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
         bits = plan = None
         packed = self._packed
+        plain = isinstance(x, Tensor) and x.is_cpu and weight.is_cpu and x.dim() == 2
         if is_compiling():
             fits = _fits_traced(packed, rows)
+            plain = (
+                plain and x.dtype is weight.dtype and x.shape[1] == self.in_features and not is_autocast_enabled("cpu")
+            )
         else:
             fits = packed.made_of is rows and (packed.version is None or packed.version == rows._version)
             if not fits and not are_transforms_active():  # under which rows may be one of many supports
                 self._pack_support()
                 packed, fits = self._packed, True
+            plain = plain and not is_any_autocast_enabled()
         if fits:
             bits, plan = packed.bits, packed.plan
             if packed.row_indices is not None:
                 ccol, rows = packed.ccol_indices, packed.row_indices
-        plain = (
-            isinstance(x, Tensor)
-            and x.is_cpu
-            and weight.is_cpu
-            and x.dtype is weight.dtype
-            and x.layout is strided
-            and x.dim() == 2
-            and x.shape[1] == self.in_features
-            and not is_autocast_enabled("cpu")
-        )
-        if plain and not is_grad_enabled():
-            return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
+        if plain:
+            try:  # the op checks shapes and dtypes in a tenth of the time
+                if is_grad_enabled():
+                    return sparse_linear_rows(
+                        x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan
+                    )
+                return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
+            except RuntimeError:
+                if is_compiling():
+                    raise
+                # What follows says what is wrong.
         prepared = plan if bits is None else bits
-        if not plain and prepared is not None:
+        if prepared is not None:
             if prepared.device != buffers["row_indices"].device:  # moved by FSDP, which keeps tensor and version
                 self._packed = PackedSupport()
                 return self.forward(x)
             if rows is not buffers["row_indices"]:
                 weight = weight.reshape(-1, 1)
-        function = sparse_linear_rows if plain else sparse_linear_prepared
-        return function(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan)
+        return sparse_linear_prepared(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan)
 
     @property
     def density(self) -> float:
