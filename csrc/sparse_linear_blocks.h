@@ -205,10 +205,29 @@ void add_last_samples(const T* grad_y, int64_t O, int64_t output, const acc_t<T>
     store_first(sums, fma(splat(value[p]), load_first(grad_y + sample[p] * O + output, O - output), load(sums)), O - output);
 }
 
+// The same of one row: each block is an input times its outputs' gradients.
+template <class T>
+void grad_weight_blocks_of_row(const LinearSupport& w, const T* grad_y, const T* x, T* grad, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t O = w.outputs, G = w.group;
+  const vec<A> zeros{};
+  for (int64_t i = begin; i < end; i++) {
+    const vec<A> value = splat(to_acc(x[i]));
+    const bool zero = to_acc(x[i]) == 0;
+    for (int64_t b = w.ccol[i]; b < w.ccol[i + 1]; b++)
+      for (int64_t g = 0, o = int64_t(w.rows[b]) * G; g < G; g += kLanes, o += kLanes) {
+        T* to = grad + b * G + g;
+        if (zero || o + kLanes > O) store(to, zeros); // lanes beyond O stay zero, whatever x is
+        if (!zero && o < O) store_first(to, value * load_first(grad_y + o, O - o), O - o);
+      }
+  }
+}
+
 // The blocks of inputs [begin, end) of grad_y^T x, summed over B rows in ascending order.
 template <class T>
 void grad_weight_blocks(const LinearSupport& w, const T* grad_y, const T* x, T* grad, int64_t B, int64_t begin,
                         int64_t end) {
+  if (B == 1) return grad_weight_blocks_of_row(w, grad_y, x, grad, begin, end);
   using A = acc_t<T>;
   constexpr int64_t kInputs = 64, kSamplesAtOnce = 128;
   constexpr int kRegs = kLanes / kRegLanes<A>, kTogether = kRegs > 4 ? 1 : kRegs > 2 ? 2 : 4;

@@ -64,6 +64,15 @@ inline double double_dense_cost(const LinearWork& work) {
 // 3.7 GHz with AVX-512 at 1600 x 1000 (B = 1 to 64, densities 0.05 to 1), for calls and short rows of outputs at 64 x 64,
 // 784 x 128 and 1024 x 256.
 
+// Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, and stand where they are far from
+// Zen 4's: 1600 x 1000 (density 0.4, G = 1 and 16), 1600 x 1500 (0.1), 1024 x 700 (0.05 and 0.3) and 784 x 128 (0.4), 0.05
+// to 0.8 active, B = 16 to 256. Rows, and panels without a bitmap, were measured there with all other ways at 1600 x 1500,
+// 1024 x 256, 784 x 128, 512 x 2048 and 128 x 1024, densities 0.05 to 1, G = 1, 4 and 16, 0.02 to 1 active, B = 1 to 256,
+// float32 and bfloat16: the ways that all these costs lead to take 1.4 % and 1.8 % more than the best in the mean.
+inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
+// In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
+inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
+
 inline double dense_cost(const LinearWork& work) {
   if (work.dtype == DType::f64) return double_dense_cost(work);
   // Where the processor has no arithmetic of it (with tiles it may), PyTorch takes 2 to 5 times as long in float16 forward and
@@ -77,6 +86,7 @@ inline double dense_cost(const LinearWork& work) {
   const double rows = bf16_rate(true) * B; // of bfloat16, on Zen 4
   double cost = bf16 && weights ? 3 + 0.66 * rows
                 : bf16          ? 5 + (forward && B > 128 ? 8 + 0.59 * rows : (forward ? 0.65 : 0.61) * rows)
+                : B == 1 && wide() ? 3.7
                 : B < 4         ? 0.5 + 4.5 * B
                 : weights       ? (B < 16 ? 13 : 7) + 1.28 * B
                                 : 8 + 1.33 * B;
@@ -87,15 +97,6 @@ inline double dense_cost(const LinearWork& work) {
   if (bf16 && work.support.group % 16 == 0) return cost + 4 + 4 * d;
   return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
 }
-
-// Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, and stand where they are far from
-// Zen 4's: 1600 x 1000 (density 0.4, G = 1 and 16), 1600 x 1500 (0.1), 1024 x 700 (0.05 and 0.3) and 784 x 128 (0.4), 0.05
-// to 0.8 active, B = 16 to 256. Rows, and panels without a bitmap, were measured there with all other ways at 1600 x 1500,
-// 1024 x 256, 784 x 128, 512 x 2048 and 128 x 1024, densities 0.05 to 1, G = 1, 4 and 16, 0.02 to 1 active, B = 1 to 256,
-// float32 and bfloat16: the ways that all these costs lead to take 1.4 % and 1.8 % more than the best in the mean.
-inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
-// In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
-inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
 
 // Of rows of blocks there: for a block, an active input of a row, a look at an input of a row, and once for a block. Float32
 // and two bytes, by pass.
@@ -112,7 +113,8 @@ inline double rows_cost(const LinearWork& work) {
   const double looks = double(work.B) / vectors;                    // at an input of a row
   if (work.support.group % 16 == 0 && wide()) {
     const BlockCost& cost = kBlockRows[int(work.pass)][two_bytes(work)];
-    return (cost.block * d + cost.active / vectors) * products + cost.look * looks + cost.once * d;
+    const double beyond = work.full() && work.B == 1 ? 1.4 : 1; // all weights once, from beyond the caches
+    return (beyond * cost.block * d + cost.active / vectors) * products + cost.look * looks + cost.once * d;
   }
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
     const double beside = work.pass == Pass::forward ? 6 : work.pass == Pass::grad_input ? 28 : 4;
