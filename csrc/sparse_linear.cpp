@@ -3,6 +3,7 @@
 #include "grad_bias_calls.h"
 #include "parallel.h"
 #include "sparse_linear_dense.h"
+#include "sparse_linear_plans.h"
 #include "sparse_linear_ways.h"
 #include "tensor.h"
 
@@ -32,11 +33,6 @@ LinearSupport support(const Tensor& ccol_indices, const Tensor& row_indices, int
   return {inputs, outputs, group, ccol, (const int32_t*)row_indices.const_data_ptr(),
           // What a module made on a GPU and moved here would be of int32.
           bits && bits->scalar_type() == ScalarType::Long ? (const uint64_t*)bits->const_data_ptr() : nullptr};
-}
-
-// Float64 is better without: spreading eight weights by a bitmap takes three times as long as adding them one by one.
-std::optional<Tensor> bits_for(DType dtype, const std::optional<Tensor>& bits) {
-  return dtype == DType::f64 ? std::nullopt : bits;
 }
 
 bool has_pairs(DType dtype) { return dtype == DType::bf16 && kernels().pairs(); }
@@ -179,33 +175,6 @@ void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tenso
   });
 }
 
-// What Python's plan_support() made, or a plan of nothing where it does not fit.
-LinearPlan plan_of(const LinearSupport& w, int64_t weights, const std::optional<Tensor>& lists) {
-  LinearPlan plan{w.inputs, w.outputs};
-  if (w.group != 1 || !lists || lists->scalar_type() != ScalarType::Int) return plan;
-  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-  const int64_t cells = parts(w.outputs, kPlanOutputs) * parts(w.inputs, kPlanInputs);
-  if (lists->numel() <= cells) return plan;
-  plan.cells = (const int32_t*)lists->const_data_ptr();
-  plan.starts = plan.cells + cells + 1;
-  const int64_t entries = plan.cells[cells];
-  plan.output = plan.starts + entries + 1;
-  plan.input = plan.output + entries;
-  plan.source = plan.input + weights;
-  STD_TORCH_CHECK(lists->numel() == cells + 1 + 2 * entries + 1 + 2 * weights,
-                  "sparse_linear: wants the support_plan of this support");
-  return plan;
-}
-
-// What plan_support() made of groups of sixteen outputs and more, or nothing where it does not fit.
-LinearGroups groups_of(const LinearSupport& w, int64_t blocks, const std::optional<Tensor>& lists) {
-  if (w.group % 16 != 0 || !lists || lists->scalar_type() != ScalarType::Int) return {};
-  const int64_t groups = (w.outputs + w.group - 1) / w.group;
-  STD_TORCH_CHECK(lists->numel() == groups + 1 + 2 * blocks, "sparse_linear: wants the support_plan of this support");
-  const auto* starts = (const int32_t*)lists->const_data_ptr();
-  return {starts, starts + groups + 1, starts + groups + 1 + blocks};
-}
-
 // Calls body(begin, end, first, last) for blocks of rows and, where these are not as many for each thread, parts of n columns.
 template <class Body> void for_samples(int64_t rows, int64_t n, const Body& body) {
   constexpr int64_t kRows = kLinearGroupSamples;
@@ -257,7 +226,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
                   "sparse_linear: wants x (B, I), weight (blocks, group_size), bias (O,), ccol_indices (I + 1,) and "
                   "row_indices (blocks,)");
   const int64_t B = x.size(0);
-  const LinearSupport w = support(ccol, rows, out_features, group, bits_for(dtype, support_bits));
+  const LinearSupport w = support(ccol, rows, out_features, group, support_bits);
   const LinearPlan plan = plan_of(w, rows.size(0), support_plan);
   const LinearGroups groups = groups_of(w, rows.size(0), support_plan);
   LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells || groups.starts, has_pairs(dtype)};
@@ -397,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
                       grad_y.size(0) == B,
                   "sparse_linear_backward: wants grad_y (B, O), x (B, I), weight (blocks, group_size), "
                   "ccol_indices (I + 1,) and row_indices (blocks,)");
-  const LinearSupport w = support(ccol, rows, grad_y.size(1), group, bits_for(dtype, support_bits));
+  const LinearSupport w = support(ccol, rows, grad_y.size(1), group, support_bits);
   const LinearGroups groups = groups_of(w, rows.size(0), support_plan);
   const bool has_groups = groups.starts != nullptr;
   const auto none = [&] { return empty(x.scalar_type(), {0}); };

@@ -17,34 +17,17 @@ SPARSEKERN_INLINE vec<float> expand(uint64_t mask, vec<float> v) {
 SPARSEKERN_INLINE vec<float> pack(uint32_t mask, vec<float> v) {
   return (vec<float>)_mm512_mask_compress_ps((__m512)fresh(), __mmask16(mask), (__m512)v);
 }
-SPARSEKERN_INLINE vec<double> expand(uint64_t mask, vec<double> v) {
-  double in[kLanes];
-  __m512d out[2];
-  std::memcpy(in, &v, sizeof v);
-  out[0] = _mm512_mask_expand_pd((__m512d)fresh(), __mmask8(mask), _mm512_loadu_pd(in));
-  const double* high = in + __builtin_popcount(mask & 0xff);
-  out[1] = _mm512_mask_expand_pd((__m512d)fresh(), __mmask8(mask >> 8), _mm512_loadu_pd(high));
-  std::memcpy(&v, out, sizeof v);
-  return v;
-}
-SPARSEKERN_INLINE vec<double> pack(uint32_t mask, vec<double> v) {
-  double out[kLanes + 8];
-  __m512d in[2];
-  std::memcpy(in, &v, sizeof v);
-  _mm512_storeu_pd(out, _mm512_mask_compress_pd((__m512d)fresh(), __mmask8(mask), in[0]));
-  double* high = out + __builtin_popcount(mask & 0xff);
-  _mm512_storeu_pd(high, _mm512_mask_compress_pd((__m512d)fresh(), __mmask8(mask >> 8), in[1]));
-  std::memcpy(&v, out, sizeof v);
-  return v;
-}
 #else
 constexpr bool kHasExpand = false;
+#endif
+// Where has_bits() is false.
 template <class V> SPARSEKERN_INLINE V expand(uint64_t, V v) { return v; }
 template <class V> SPARSEKERN_INLINE V pack(uint32_t, V v) { return v; }
-#endif
 
-// Whether the bitmap serves here.
-SPARSEKERN_INLINE bool has_bits(const LinearSupport& w) { return kHasExpand && w.bits != nullptr; }
+// Whether the bitmap serves here. Spreading eight weights of float64 takes three times as long as adding them one by one.
+template <class T> SPARSEKERN_INLINE bool has_bits(const LinearSupport& w) {
+  return kHasExpand && sizeof(T) < 8 && w.bits != nullptr;
+}
 
 SPARSEKERN_INLINE int64_t bit_words(const LinearSupport& w) { return (w.outputs + 63) / 64; }
 

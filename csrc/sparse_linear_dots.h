@@ -37,7 +37,7 @@ void grad_input_dots(const LinearSupport& w, const T* grad_y, const T* x, const 
   const int64_t samples = min(end - begin, fitting < 16 ? 16 : min(fitting, kMaxColumns));
   const int64_t words = bit_words(w);
   A* row = (A*)scratch(kValues, size_t(round_up(O, 64)) * sizeof(A));
-  const PaddedWeights<T> weights(w, weight, has_bits(w));
+  const PaddedWeights<T> weights(w, weight, has_bits<T>(w));
   A* gy = (A*)scratch(kSums, size_t(samples * length) * sizeof(A));
   const RowLists<A> lists = allocate_lists<A>(kLists, kInputs, samples);
   for (int64_t s = begin; s < end; s += samples) {
@@ -51,7 +51,7 @@ void grad_input_dots(const LinearSupport& w, const T* grad_y, const T* x, const 
       fill_transposed_lists(x + s * I + i, I, inputs, rows, 1, lists);
       for (int64_t k = 0; k < inputs; k++) {
         if (lists.start[k] == lists.end[k]) continue;
-        if (has_bits(w)) {
+        if (has_bits<T>(w)) {
           const T* p = weights.of_input(i + k);
           for (int64_t c = 0; c < words; c++)
             p = expand_word(w.bits[(i + k) * words + c], p,

@@ -45,7 +45,7 @@ void forward(const LinearSupport& w, const T* x, const T* weight, const T* bias,
   int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
   A* sums = (A*)scratch(kSums, size_t(room) * sizeof(A));
   // By the bitmap sixteen outputs take 3.5 cycles on Zen 4, 4.5 in two bytes, by the indices each weight 2.3.
-  const bool bits = has_bits(w) && int64_t(w.ccol[I]) * (sizeof(T) == 2 ? 8 : 11) > I * O;
+  const bool bits = has_bits<T>(w) && int64_t(w.ccol[I]) * (sizeof(T) == 2 ? 8 : 11) > I * O;
   const PaddedWeights<T> weights(w, weight, bits);
   for (int64_t b = begin; b < end; b++) {
     const int64_t active = compress(x + b * I, I, value, index);
@@ -84,7 +84,7 @@ void grad_input(const LinearSupport& w, const T* grad_y, const T* x, const T* we
   int32_t* index = (int32_t*)scratch(kIndices, size_t(I + kLanes) * 4);
   for (int64_t i = 0; !at_nonzeros && i < I; i++) index[i] = int32_t(i);
   // By the bitmap sixteen outputs take 4 cycles on Zen 4, by the indices each weight 3.
-  const bool bits = has_bits(w) && int64_t(w.ccol[I]) * 12 > I * O;
+  const bool bits = has_bits<T>(w) && int64_t(w.ccol[I]) * 12 > I * O;
   const PaddedWeights<T> weights(w, weight, bits);
   for (int64_t b = begin; b < end; b++) {
     for (int64_t o = 0; o < O; o++) gy[o] = to_acc(grad_y[b * O + o]);
@@ -138,7 +138,7 @@ void grad_weight_of_row(const LinearSupport& w, const T* grad_y, const T* x, T* 
 template <class T>
 void grad_weight(const LinearSupport& w, const T* grad_y, const T* x, T* grad, int64_t B, int64_t begin, int64_t end) {
   if (w.group % kLanes == 0) return grad_weight_blocks(w, grad_y, x, grad, B, begin, end);
-  if (B == 1 && has_bits(w)) return grad_weight_of_row(w, grad_y, x, grad, begin, end);
+  if (B == 1 && has_bits<T>(w)) return grad_weight_of_row(w, grad_y, x, grad, begin, end);
   using A = acc_t<T>;
   constexpr int64_t kTile = 16;
   const int64_t I = w.inputs, O = w.outputs, G = w.group;

@@ -123,7 +123,7 @@ GradInput grad_input_way(const LinearSupport& w, const T* grad_y, const T* x, bo
   const double lanes = wide ? 0.85 * once * double((end - begin + 63) / 64) + 0.5 * each : once + each;
   double dots = lanes;
   if (at_nonzeros) {
-    const double laid_out = has_bits(w) ? 4.5 : 5 + 20 * d;
+    const double laid_out = has_bits<T>(w) ? 4.5 : 5 + 20 * d;
     dots = laid_out + (0.06 + 3 / vectors) * rows + (2.75 + 7 / vectors) * active(x, w.inputs);
   }
   const double products = active(grad_y, w.outputs);

@@ -26,18 +26,18 @@ class WeightWords {
  public:
   // Slots for `slots` inputs at a time, and outputs up to `until`. If not `readable`, weights can only be put.
   WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots, int64_t until, bool readable = true)
-      : w_(w), until_(until), weights_(w, weight, has_bits(w) && readable, 32), base_(weight),
+      : w_(w), until_(until), weights_(w, weight, has_bits<bf16>(w) && readable, 32), base_(weight),
         groups_((w.outputs + w.group - 1) / w.group),
-        full_(w.ccol[w.inputs] == w.inputs * groups_), words_(has_bits(w) ? 0 : (groups_ * w.group / kLanes + 63) / 64),
+        full_(w.ccol[w.inputs] == w.inputs * groups_), words_(has_bits<bf16>(w) ? 0 : (groups_ * w.group / kLanes + 63) / 64),
         next_((int64_t*)scratch(kSamples, size_t(slots * (1 + words_)) * 8)), sixteens_((uint64_t*)next_ + slots) {}
   // Slot s is input i from a word on.
   void start(int64_t s, int64_t i, int64_t word) {
-    next_[s] = full_ ? 0 : has_bits(w_) ? weights_before(w_, i, word) : start_blocks(sixteens_ + s * words_, i, word);
+    next_[s] = full_ ? 0 : has_bits<bf16>(w_) ? weights_before(w_, i, word) : start_blocks(sixteens_ + s * words_, i, word);
   }
   // Lanes 0 to 31 and 32 to 63 of input i, which slot s is.
   SPARSEKERN_PAIRS_INLINE void get(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
     if (full_) get_all(i, word, low, high);
-    else if (has_bits(w_)) get_by_bits(s, i, word, low, high);
+    else if (has_bits<bf16>(w_)) get_by_bits(s, i, word, low, high);
     else get_blocks(s, i, word, low, high);
   }
   // The way back: those of lanes 0 to 31 and 32 to 63 that exist, to grad as the weights are stored.
@@ -45,7 +45,7 @@ class WeightWords {
     if (full_) return put_all(i, word, low, high, grad);
     const int64_t last = int64_t(w_.ccol[i + 1]) * w_.group;
     bf16* at = grad + int64_t(w_.ccol[i]) * w_.group + next_[s];
-    if (has_bits(w_)) {
+    if (has_bits<bf16>(w_)) {
       const uint64_t mask = w_.bits[i * bit_words(w_) + word];
       const int64_t count = __builtin_popcountll(mask << 32), both = __builtin_popcountll(mask);
       put_first(count, _mm512_mask_compress_epi16(fresh(), __mmask32(mask), low), at, grad + last);

@@ -219,7 +219,7 @@ void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T
     A* sum = sums + c / kPanel * (rows * kPanel) + c % kPanel;
     for (int64_t s = 0; s < rows; s++) store(sum + s * kPanel, start);
   }
-  if (has_bits(w)) multiply_rows(x + begin * K, K, rows, columns, all, sums, BitTiles<T>(w, weight, first));
+  if (has_bits<T>(w)) multiply_rows(x + begin * K, K, rows, columns, all, sums, BitTiles<T>(w, weight, first));
   else multiply_rows(x + begin * K, K, rows, columns, all, sums, WeightTiles<T>(w, weight, first, last));
   store_sums(y + begin * w.outputs + first, w.outputs, rows, columns, [&](int64_t s, int64_t c) {
     return load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
@@ -284,7 +284,7 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
 #pragma GCC unroll 8
             for (int i = part; i < part + kAtOnce; i++) sum[i] = fma_reg(a, load_reg(row + panel_reg<A>(i)), sum[i]);
           }
-        if (has_bits(w)) {
+        if (has_bits<T>(w)) {
           vec<A> whole[kPanels][4];
           std::memcpy(whole, sum, sizeof whole);
           const uint64_t* word = w.bits + (i + k) * words + c;
@@ -339,7 +339,7 @@ void grad_weight_all(const LinearSupport& w, const acc_t<T>* tiles, const T* x, 
         const A* sum = sums + k * kPanel;
         int64_t to = next[k];
         const int64_t last = w.ccol[i + k + 1] * (G == 1 ? 1 : vectors);
-        if (has_bits(w)) {
+        if (has_bits<T>(w)) {
           const vec<A> whole[4] = {load(sum), load(sum + kLanes), load(sum + 2 * kLanes), load(sum + 3 * kLanes)};
           to = pack_word(w.bits[(i + k) * bit_words(w) + c], whole, grad, to, last);
           __builtin_prefetch(grad + to + kLanes, 1), __builtin_prefetch(grad + to + 2 * kLanes, 1);
@@ -382,7 +382,7 @@ void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* 
     for (int64_t r = 0; r < rows; r++) {
       const A* sum = sums + r * stride;
       const int64_t stop = w.ccol[i + r + 1];
-      if (has_bits(w)) pack_input(w, i + r, sum, grad, int64_t(w.ccol[end]));
+      if (has_bits<T>(w)) pack_input(w, i + r, sum, grad, int64_t(w.ccol[end]));
       else if (G == 1)
         for (int64_t b = w.ccol[i + r]; b < stop; b++) from_acc(sum[w.rows[b]], grad[b]);
       else

@@ -141,7 +141,7 @@ template <class T, class Weights> struct RegisterTiles {
 
 // Whether they are laid out so, which the support decides. The tiles are the same.
 template <class T> SPARSEKERN_INLINE bool has_register_tiles(const LinearSupport& w) {
-  if (!kHasExpand || sizeof(acc_t<T>) != 4 || !(w.group == kLanes || (w.group == 1 && has_bits(w)))) return false;
+  if (!kHasExpand || sizeof(acc_t<T>) != 4 || !(w.group == kLanes || (w.group == 1 && has_bits<T>(w)))) return false;
   const double weights = double(w.inputs) * double((w.outputs + w.group - 1) / w.group);
   return double(w.ccol[w.inputs]) > kRegisterTiles * weights;
 }

@@ -60,18 +60,19 @@ inline double double_dense_cost(const LinearWork& work) {
   return laid_out + 3 * double(work.B);
 }
 
-// Costs in cycles for every vector of sixteen outputs of one input, so that I and O cancel out. Measured on one Zen 4 core at
-// 3.7 GHz with AVX-512 at 1600 x 1000 (B = 1 to 64, densities 0.05 to 1), for calls and short rows of outputs at 64 x 64,
-// 784 x 128 and 1024 x 256.
-
 // Whether the kernels multiply 512 bits at once. Costs of such processors are Zen 5's, and stand where they are far from
 // Zen 4's: 1600 x 1000 (density 0.4, G = 1 and 16), 1600 x 1500 (0.1), 1024 x 700 (0.05 and 0.3) and 784 x 128 (0.4), 0.05
 // to 0.8 active, B = 16 to 256. Rows, and panels without a bitmap, were measured there with all other ways at 1600 x 1500,
 // 1024 x 256, 784 x 128, 512 x 2048 and 128 x 1024, densities 0.05 to 1, G = 1, 4 and 16, 0.02 to 1 active, B = 1 to 256,
-// float32 and bfloat16: the ways that all these costs lead to take 1.4 % and 1.8 % more than the best in the mean.
+// float32 and bfloat16: the ways that all these costs lead to take 1.4 % and 1.8 % more than the best in the mean (with G = 16
+// alone, and by groups too, 1.7 % and 2.1 %).
 inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
 // In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
 inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
+
+// Costs in cycles for every vector of sixteen outputs of one input, so that I and O cancel out. Measured on one Zen 4 core at
+// 3.7 GHz with AVX-512 at 1600 x 1000 (B = 1 to 64, densities 0.05 to 1), for calls and short rows of outputs at 64 x 64,
+// 784 x 128 and 1024 x 256.
 
 inline double dense_cost(const LinearWork& work) {
   if (work.dtype == DType::f64) return double_dense_cost(work);
