@@ -141,8 +141,9 @@ def test_batch_sizes_need_one_dynamic_graph(case):
     seen = counter.frame_count
     for B in (12, 3, 64):
         x = inputs(B)
-        wanted = copy.deepcopy(layer)(x)
-        assert_same_bits(compiled(x).detach(), wanted.detach(), f"y of {B}")
+        with torch.no_grad():  # with gradients a dense convolution may be PyTorch's own node, which is not traced
+            wanted = copy.deepcopy(layer)(x)
+        assert_same_bits(compiled(x).detach(), wanted, f"y of {B}")
     assert counter.frame_count == seen
 
 
