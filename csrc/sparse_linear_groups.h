@@ -270,7 +270,7 @@ void grad_weight_groups(const LinearSupport& w, const LinearGroups& groups, cons
     const size_t bytes = size_t((groups.starts[stop] - begin) * kLanes) * sizeof(A);
     A* sums = (A*)scratch(kSums, bytes);
     for (int64_t v = 0; v < G; v += kLanes) { // of a group's outputs
-      std::memset((void*)sums, 0, bytes);
+      if (bytes > 0) std::memset((void*)sums, 0, bytes); // groups without weights may have no memory
       for (int64_t s = 0; s < B; s += kGroupDepth)
         for (int64_t i = 0; i < I; i += inputs)
           for (int64_t g = first; g < stop && g * G + v < O; g++) add(g, g * G + v, s, i, begin, sums);

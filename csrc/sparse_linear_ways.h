@@ -87,7 +87,8 @@ inline double dense_cost(const LinearWork& work) {
   const double rows = bf16_rate(true) * B; // of bfloat16, on Zen 4
   double cost = bf16 && weights ? 3 + 0.66 * rows
                 : bf16          ? 5 + (forward && B > 128 ? 8 + 0.59 * rows : (forward ? 0.65 : 0.61) * rows)
-                : B == 1 && wide() ? 3.7
+                // The kernels for blocks of sixteen read as fast, and beyond the caches faster.
+                : B == 1 && wide() && work.support.group % 16 != 0 ? 3.7
                 : B < 4         ? 0.5 + 4.5 * B
                 : weights       ? (B < 16 ? 13 : 7) + 1.28 * B
                                 : 8 + 1.33 * B;
@@ -114,8 +115,7 @@ inline double rows_cost(const LinearWork& work) {
   const double looks = double(work.B) / vectors;                    // at an input of a row
   if (work.support.group % 16 == 0 && wide()) {
     const BlockCost& cost = kBlockRows[int(work.pass)][two_bytes(work)];
-    const double beyond = work.full() && work.B == 1 ? 1.4 : 1; // all weights once, from beyond the caches
-    return (beyond * cost.block * d + cost.active / vectors) * products + cost.look * looks + cost.once * d;
+    return (cost.block * d + cost.active / vectors) * products + cost.look * looks + cost.once * d;
   }
   if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
     const double beside = work.pass == Pass::forward ? 6 : work.pass == Pass::grad_input ? 28 : 4;
