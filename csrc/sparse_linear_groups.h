@@ -12,20 +12,6 @@ constexpr int64_t kGroupSamples = kLinearGroupSamples;
 // Registers of a block of sixteen.
 template <class A> constexpr int kBlockRegs = kLanes / kRegLanes<A>;
 
-// to (inputs, kGroupSamples; zeros up to whole vectors of rows) = the transpose of x (rows, inputs; stride).
-template <class T>
-void transpose_group_samples(const T* x, int64_t stride, int64_t rows, int64_t inputs, acc_t<T>* to) {
-  using A = acc_t<T>;
-  for (int64_t s = 0; s < rows; s += kLanes)
-    for (int64_t c = 0; c < inputs; c += kLanes) {
-      vec<A> v[kLanes];
-      for (int64_t k = 0; k < kLanes; k++)
-        v[k] = s + k < rows ? load_first(x + (s + k) * stride + c, inputs - c) : vec<A>{};
-      transpose(v);
-      for (int64_t k = 0; k < min(kLanes, inputs - c); k++) store(to + (c + k) * kGroupSamples + s, v[k]);
-    }
-}
-
 // Inputs of a group whose weights and samples stay in the first-level cache.
 constexpr int64_t kListPart = 128;
 // Outputs times registers of samples whose sums, or gradients, stay in registers.
@@ -114,7 +100,7 @@ void forward_groups(const LinearSupport& w, const LinearGroups& groups, const T*
   A* blocks = (A*)scratch(kValues, size_t(kListPart * kLanes) * sizeof(A));
   for (int64_t s = begin; s < end; s += kGroupSamples) {
     const int64_t rows = min(kGroupSamples, end - s);
-    transpose_group_samples(x + s * I, I, rows, I, samples);
+    to_samples<kGroupSamples>(x + s * I, I, rows, I, samples);
     for (int64_t g = first; g < last; g++)
       for (int64_t o = g * G; o < min(O, (g + 1) * G); o += kLanes) {
         for (int64_t k = 0; k < kLanes; k++) {
@@ -128,12 +114,7 @@ void forward_groups(const LinearSupport& w, const LinearGroups& groups, const T*
             add_group<kRegs>(samples + r, blocks + k, groups.input + e, count, sums + k * kGroupSamples + r);
           });
         }
-        for (int64_t r = 0; r < rows; r += kLanes) {
-          vec<A> v[kLanes];
-          for (int64_t k = 0; k < kLanes; k++) v[k] = load(sums + k * kGroupSamples + r);
-          transpose(v);
-          for (int64_t k = 0; k < min(kLanes, rows - r); k++) store_first(y + (s + r + k) * O + o, v[k], O - o);
-        }
+        from_samples<kGroupSamples>(sums, rows, min(kLanes, O - o), y + s * O + o, O);
       }
   }
 }
@@ -165,13 +146,8 @@ void grad_input_groups(const LinearSupport& w, const LinearGroups& groups, const
       const int32_t *list = groups.input + groups.starts[g], *stop = groups.input + groups.starts[g + 1];
       const int64_t until = lower_bound(list, stop, last) - groups.input;
       for (int64_t o = g * G; o < min(O, (g + 1) * G); o += kLanes) {
-        for (int64_t r = 0; r < rows; r += kLanes) {
-          vec<A> v[kLanes];
-          for (int64_t k = 0; k < kLanes; k++)
-            v[k] = r + k < rows ? load_first(grad_y + (s + r + k) * O + o, O - o) : vec<A>{};
-          transpose(v);
-          for (int64_t k = 0; k < kLanes; k++) store(grad + k * kGroupSamples + r, v[k]);
-        }
+        if (O - o < kLanes) std::memset((void*)grad, 0, size_t(kLanes * kGroupSamples) * sizeof(A)); // beyond O
+        to_samples<kGroupSamples>(grad_y + s * O + o, O, rows, min(kLanes, O - o), grad);
         for (int64_t e = lower_bound(list, stop, first) - groups.input; e < until; e += kListPart) {
           const int64_t count = min(kListPart, until - e);
           copy_blocks(weight + (o - g * G), G, groups.source + e, count, O - o, blocks);
@@ -182,17 +158,7 @@ void grad_input_groups(const LinearSupport& w, const LinearGroups& groups, const
         }
       }
     }
-    for (int64_t c = 0; c < columns; c += kLanes)
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        vec<A> v[kLanes];
-        for (int64_t k = 0; k < kLanes; k++) v[k] = load(sums + (c + k) * kGroupSamples + r);
-        transpose(v);
-        for (int64_t k = 0; k < min(kLanes, rows - r); k++) {
-          const int64_t at = (s + r + k) * I + first + c, count = columns - c;
-          const vec<A> zeros{};
-          store_first(grad_x + at, at_nonzeros ? (load_first(x + at, count) != 0 ? v[k] : zeros) : v[k], count);
-        }
-      }
+    from_samples<kGroupSamples>(sums, rows, columns, grad_x + s * I + first, I, at_nonzeros ? x + s * I + first : nullptr);
   }
 }
 
@@ -205,8 +171,8 @@ constexpr int kTogetherBlocks = 8;
 constexpr int kTogetherBlocks = 2;
 #endif
 
-// sums of kBlocks blocks (kLanes each) += gradients (rows, kLanes) of their outputs times their inputs, sixteen samples
-// each, `step` apart.
+// sums of kBlocks blocks (kLanes each) += gradients (rows, kLanes) of their outputs times their inputs, whose samples lie
+// `step` apart, kGroupSamples at a time.
 template <int kBlocks, class A>
 SPARSEKERN_INLINE void add_products(const A* samples, int64_t step, const int32_t* input, const A* grad, int64_t rows,
                                     A* sums) {

@@ -240,7 +240,7 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
           dispatch(dtype, [&]<class T>() {
             for (int64_t t = begin; t < end; t++) {
               const int64_t s = t * kGroupSamples;
-              transpose_group_samples((const T*)x + s * I, I, min(kGroupSamples, B - s), I, (acc_t<T>*)samples + s * I);
+              to_samples<kGroupSamples>((const T*)x + s * I, I, min(kGroupSamples, B - s), I, (acc_t<T>*)samples + s * I);
             }
           });
         },

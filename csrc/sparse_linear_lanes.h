@@ -12,20 +12,6 @@ template <class A> constexpr int64_t kSampleLanes = kLanes * min(4, kMaxSums * k
 // Outputs whose samples stay in the first-level cache, nearly, while all inputs go by: 64 to 256 of float were tried.
 template <class A> constexpr int64_t kPartOutputs = 768 / int64_t(sizeof(A));
 
-// to (columns, kSampleLanes; zeros up to whole vectors of rows) = the transpose of from (rows, columns; stride).
-template <class T>
-void transpose_samples(const T* from, int64_t stride, int64_t rows, int64_t columns, acc_t<T>* to) {
-  using A = acc_t<T>;
-  for (int64_t c = 0; c < columns; c += kLanes)
-    for (int64_t s = 0; s < rows; s += kLanes) {
-      vec<A> v[kLanes];
-      for (int64_t k = 0; k < kLanes; k++)
-        v[k] = s + k < rows ? load_first(from + (s + k) * stride + c, columns - c) : vec<A>{};
-      transpose(v);
-      for (int64_t k = 0; k < min(kLanes, columns - c); k++) store(to + (c + k) * kSampleLanes<A> + s, v[k]);
-    }
-}
-
 // For each input: sums (kRegs registers; stride kSampleLanes) += its weights of outputs below `until` times the samples.
 // next[i] is the input's first weight that is still to come.
 template <int kRegs, class T>
@@ -81,22 +67,12 @@ void grad_input_lanes(const LinearSupport& w, const T* grad_y, const T* x, const
   for (int64_t k = 0; k < kAheadInputs; k++) next[columns + k] = w.ccol[last];
   for (int64_t s = begin; s < end; s += kStep) {
     const int64_t rows = min(kStep, end - s);
-    transpose_samples(grad_y + s * O, O, rows, O, samples);
+    to_samples<kStep>(grad_y + s * O, O, rows, O, samples);
     std::memset((void*)sums, 0, size_t(round_up(columns, kLanes) * kStep) * sizeof(A));
     for (int64_t k = 0; k < columns; k++) next[k] = w.ccol[first + k];
     for (int64_t o = 0; o < O; o += kPartOutputs<A>)
       add_part(w, weight, samples, rows, first, last, int32_t(min(o + kPartOutputs<A>, O)), next, sums);
-    for (int64_t c = 0; c < columns; c += kLanes)
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        vec<A> v[kLanes];
-        for (int64_t k = 0; k < kLanes; k++) v[k] = load(sums + (c + k) * kStep + r);
-        transpose(v);
-        for (int64_t k = 0; k < min(kLanes, rows - r); k++) {
-          const int64_t at = (s + r + k) * I + first + c, count = columns - c;
-          const vec<A> zeros{};
-          store_first(grad_x + at, at_nonzeros ? (load_first(x + at, count) != 0 ? v[k] : zeros) : v[k], count);
-        }
-      }
+    from_samples<kStep>(sums, rows, columns, grad_x + s * I + first, I, at_nonzeros ? x + s * I + first : nullptr);
   }
 }
 

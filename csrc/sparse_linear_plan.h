@@ -50,7 +50,7 @@ void forward_lanes(const LinearPlan& plan, const T* x, const acc_t<T>* weight, c
   A* sums = (A*)scratch(kSums, size_t(kPlanOutputs * kStep) * sizeof(A));
   for (int64_t s = begin; s < end; s += kStep) {
     const int64_t rows = min(kStep, end - s);
-    transpose_samples(x + s * I, I, rows, I, samples);
+    to_samples<kStep>(x + s * I, I, rows, I, samples);
     for (int64_t o = first; o < last; o += kPlanOutputs) {
       const int64_t columns = min(kPlanOutputs, last - o);
       for (int64_t c = 0; c < columns; c++) {
@@ -59,14 +59,7 @@ void forward_lanes(const LinearPlan& plan, const T* x, const acc_t<T>* weight, c
       }
       for (int64_t p = 0; p < parts; p++)
         add_cell(plan, o / kPlanOutputs * parts + p, weight, rows, samples + p * kPlanInputs * kStep, sums);
-      for (int64_t c = 0; c < columns; c += kLanes)
-        for (int64_t r = 0; r < rows; r += kLanes) {
-          vec<A> v[kLanes];
-          for (int64_t k = 0; k < kLanes; k++) v[k] = load(sums + (c + k) * kStep + r);
-          transpose(v);
-          for (int64_t k = 0; k < min(kLanes, rows - r); k++)
-            store_first(y + (s + r + k) * O + o + c, v[k], columns - c);
-        }
+      from_samples<kStep>(sums, rows, columns, y + s * O + o, O);
     }
   }
 }

@@ -105,8 +105,9 @@ inline double dense_cost(const LinearWork& work) {
 struct BlockCost {
   double block, active, look, once;
 };
-constexpr BlockCost kBlockRows[3][2]{
-    {{4.4, 2, 0.7, 0}, {3, 3.3, 0.7, 0}}, {{3.1, 10.5, 1, 0}, {2.5, 18.5, 0.95, 0}}, {{2.45, 2.3, 0.83, 8.7}, {2.5, 3.6, 0.8, 6.5}}};
+constexpr BlockCost kBlockRows[3][2]{{{4.4, 2, 0.7, 0}, {3, 3.3, 0.7, 0}},
+                                     {{3.1, 10.5, 1, 0}, {2.5, 18.5, 0.95, 0}},
+                                     {{2.45, 2.3, 0.83, 8.7}, {2.5, 3.6, 0.8, 6.5}}};
 
 inline double rows_cost(const LinearWork& work) {
   if (work.dtype == DType::f64) return double_cost(work, kDoubleRows, work.rows_active);
@@ -230,8 +231,9 @@ inline bool has_groups(const LinearWork& work) {
   return work.has_plan && work.support.group % 16 == 0 && work.B > 1 && fits(work);
 }
 inline double groups_cost(const LinearWork& work) {
-  const double B = double(work.B), rows = double((work.B + 15) / 16 * 16), looks = B / double((work.support.outputs + 15) / 16);
-  const double d = work.density(), copied = d * double((work.B + 31) / 32);
+  const double B = double(work.B), rows = double((work.B + 15) / 16 * 16);
+  const double looks = B / double((work.support.outputs + 15) / 16), d = work.density();
+  const double copied = d * double((work.B + 31) / 32);
   const double rate = d * (work.dtype == DType::f64 ? 3.6 : 1) * (wide() ? 1 : 2);
   if (work.pass == Pass::grad_weight)
     return 0.2 * looks + 0.018 * B + 10.5 * d * double((work.B + 127) / 128) + 0.65 * rate * B;

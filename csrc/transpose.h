@@ -104,5 +104,36 @@ void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns
     for (int64_t i = 0; i < rows; i++) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
+// to (columns, kStride; zeros up to whole vectors of rows) = the transpose of from (rows, columns; stride).
+template <int64_t kStride, class T>
+void to_samples(const T* from, int64_t stride, int64_t rows, int64_t columns, acc_t<T>* to) {
+  using A = acc_t<T>;
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t s = 0; s < rows; s += kLanes) {
+      vec<A> v[kLanes];
+      for (int64_t k = 0; k < kLanes; k++)
+        v[k] = s + k < rows ? load_first(from + (s + k) * stride + c, columns - c) : vec<A>{};
+      transpose(v);
+      for (int64_t k = 0; k < kLanes && c + k < columns; k++) store(to + (c + k) * kStride + s, v[k]);
+    }
+}
+
+// The way back, from (columns up to whole vectors, kStride). Zero where x, which lies as `to` does, is zero, unless it is null.
+template <int64_t kStride, class T>
+void from_samples(const acc_t<T>* from, int64_t rows, int64_t columns, T* to, int64_t stride, const T* x = nullptr) {
+  using A = acc_t<T>;
+  const vec<A> zeros{};
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      vec<A> v[kLanes];
+      for (int64_t k = 0; k < kLanes; k++) v[k] = load(from + (c + k) * kStride + r);
+      transpose(v);
+      for (int64_t k = 0; k < kLanes && r + k < rows; k++) {
+        const int64_t at = (r + k) * stride + c, count = columns - c;
+        store_first(to + at, x != nullptr ? (load_first(x + at, count) != 0 ? v[k] : zeros) : v[k], count);
+      }
+    }
+}
+
 } // namespace
 } // namespace sparsekern
