@@ -228,7 +228,9 @@ inline double lanes_cost(const LinearWork& work) {
 // float32 and bfloat16; with AVX2 and in float64 (3.6 times as long) at two of them. Zen 4, which multiplies half as fast, is an
 // estimate.
 inline bool has_groups(const LinearWork& work) {
-  return work.has_plan && work.support.group % 16 == 0 && work.B > 1 && fits(work);
+  constexpr int64_t kElements = 1 << 24; // of x, which the weight's gradient copies into memory that is kept: 64 MB
+  const bool copied = work.pass != Pass::grad_weight || work.B * work.support.inputs <= kElements;
+  return work.has_plan && work.support.group % 16 == 0 && work.B > 1 && copied;
 }
 inline double groups_cost(const LinearWork& work) {
   const double B = double(work.B), rows = double((work.B + 15) / 16 * 16);
