@@ -175,11 +175,14 @@ void dense_grad_weight(const LinearWork& work, const Tensor& grad_y, const Tenso
   });
 }
 
-// Calls body(begin, end, first, last) for blocks of rows and, where these are not as many for each thread, parts of n columns.
+// Calls body(begin, end, first, last) for blocks of rows and, where these are few and not as many for each thread, parts of n
+// columns: each part transposes its rows again.
 template <class Body> void for_samples(int64_t rows, int64_t n, const Body& body) {
   constexpr int64_t kRows = kLinearGroupSamples;
   const int64_t blocks = (rows + kRows - 1) / kRows, threads = torch::stable::get_num_threads();
-  const int64_t parts = blocks % threads == 0 ? 1 : threads, step = (n + parts - 1) / parts;
+  if (blocks == 0) return;
+  const int64_t parts = blocks % threads == 0 ? 1 : std::min(threads, (4 * threads + blocks - 1) / blocks);
+  const int64_t step = (n + parts - 1) / parts;
   torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t++) {
       const int64_t begin = t / parts * kRows, first = t % parts * step;
