@@ -27,7 +27,7 @@ const Processor& processor();
 // A 64-byte aligned buffer of at least `bytes` that belongs to the calling thread and to `slot`; kept between calls, its
 // contents undefined. Kernels must not use std containers: an inline function of the standard library, compiled for
 // AVX-512, could be the copy that the linker keeps for all.
-constexpr int kScratchSlots = 9;
+constexpr int kScratchSlots = 10;
 void* scratch(int slot, size_t bytes);
 
 // Each op's kernel file defines one table of functions per instruction set, named OP_ISA, e.g. k_winners_avx512.

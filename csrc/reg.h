@@ -41,6 +41,14 @@ SPARSEKERN_INLINE reg<float> load_reg(const f16* p) {
 SPARSEKERN_INLINE void store_reg(float* p, reg<float> v) { std::memcpy(p, &v, sizeof v); }
 SPARSEKERN_INLINE void store_reg(double* p, reg<double> v) { std::memcpy(p, &v, sizeof v); }
 
+template <class E> SPARSEKERN_INLINE void keep_in_register(E& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
+
 // a * b + c in one rounding where the instruction set has it.
 SPARSEKERN_INLINE reg<float> fma_reg(reg<float> a, reg<float> b, reg<float> c) {
 #if defined(__AVX512F__)

@@ -201,31 +201,34 @@ void keep_nonzeros(const Conv2d& conv, const Tensor& x, const Tensor& grad_x) {
   });
 }
 
-Tensor grad_input(const Conv2d& conv, ConvWay way, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                  bool at_nonzeros) {
-  const bool channels_last = !x.is_contiguous();
-  Tensor grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, channels_last);
-  if (grad_x.numel() == 0) return grad_x;
-  const Packed packed(conv, way == ConvWay::by_grad, weight);
-  const Images from = images(grad_y), to = {grad_x.data_ptr(), channels_last};
-  if (way == ConvWay::by_x)
-    parallel_stretches(conv.B, together(conv.B), [&](int64_t begin, int64_t end) {
-      kernels().grad_input_at_nonzeros(conv, from, images(x), packed.data(), to.data, begin, end - begin);
-    });
-  else
-    parallel_parts(conv.B, kernels().panels(conv, true), [&](Part part) {
-      kernels().grad_input(conv, from, packed.data(), at_nonzeros ? x.data_ptr() : nullptr, to, part);
-    });
-  return grad_x;
+// grad_x over the non-zeros of grad_y.
+void grad_input(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight, bool at_nonzeros,
+                const Tensor& grad_x) {
+  const Packed packed(conv, true, weight);
+  const Images from = images(grad_y), to = images(grad_x);
+  parallel_parts(conv.B, kernels().panels(conv, true), [&](Part part) {
+    kernels().grad_input(conv, from, packed.data(), at_nonzeros ? x.data_ptr() : nullptr, to, part);
+  });
 }
 
-Tensor grad_weight(const Conv2d& conv, ConvWay way, const Tensor& grad_y, const Tensor& x, bool channels_last) {
-  Tensor grad = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, channels_last);
-  const bool by_grad = way == ConvWay::by_grad;
-  torch::stable::parallel_for(0, kernels().weight_rows(conv, by_grad), 1, [&](int64_t begin, int64_t end) {
-    kernels().grad_weight(conv, by_grad, images(grad_y), images(x), images(grad), begin, end - begin);
+// grad_x at the non-zeros of x, if not null.
+void grad_input_at_nonzeros(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                            const Tensor& grad_x) {
+  const Packed packed(conv, false, weight);
+  parallel_stretches(conv.B, together(conv.B), [&](int64_t begin, int64_t end) {
+    kernels().gradients(conv, false, images(grad_y), images(x), packed.data(), {nullptr, false}, grad_x.data_ptr(),
+                        {begin, end - begin, 0, conv.C});
   });
-  return grad;
+}
+
+// grad_weight over the non-zeros of grad_y or of x, and of x grad_x at them, if not null.
+void grad_weight(const Conv2d& conv, bool by_grad, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                 const Tensor& grad_weight, void* grad_x) {
+  const std::optional<Packed> packed = grad_x == nullptr ? std::nullopt : std::optional<Packed>(std::in_place, conv, false, weight);
+  torch::stable::parallel_for(0, by_grad ? conv.O : conv.C, 1, [&](int64_t begin, int64_t end) {
+    kernels().gradients(conv, by_grad, images(grad_y), images(x), packed ? packed->data() : nullptr, images(grad_weight),
+                        grad_x, {0, conv.B, begin, end - begin});
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Ints stride,
@@ -249,8 +252,17 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
     if (dense_input && at_nonzeros) keep_nonzeros(conv, x, grad_x);
     if (dense_weight) grad_w = with_format(of_w, !weight.is_contiguous());
   }
-  if (want_input && !dense_input) grad_x = grad_input(conv, ways.input, grad_y, x, weight, at_nonzeros);
-  if (want_weight && !dense_weight) grad_w = grad_weight(conv, ways.weight, grad_y, x, !weight.is_contiguous());
+  const bool both = want_input && want_weight && ways.input == ConvWay::by_x && ways.weight == ConvWay::by_x;
+  if (want_input && !dense_input) {
+    grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, !x.is_contiguous());
+    if (grad_x.numel() == 0 || both) {} // nothing yet
+    else if (ways.input == ConvWay::by_x) grad_input_at_nonzeros(conv, grad_y, x, weight, grad_x);
+    else grad_input(conv, grad_y, x, weight, at_nonzeros, grad_x);
+  }
+  if (want_weight && !dense_weight) {
+    grad_w = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, !weight.is_contiguous());
+    grad_weight(conv, ways.weight == ConvWay::by_grad, grad_y, x, weight, grad_w, both ? grad_x.data_ptr() : nullptr);
+  }
   return {grad_x, grad_w, want_bias ? grad_bias(grad_y) : empty(x.scalar_type(), {0})};
 }
 

@@ -25,6 +25,11 @@ struct Part {
   int64_t first_sample, samples, first_panel, panels;
 };
 
+// The same for channels of what has the non-zeros; where they add to grad_weight, of all samples.
+struct ChannelPart {
+  int64_t first_sample, samples, first, channels;
+};
+
 // How much longer the kernels of an instruction set take than with AVX-512: for products, and for elements of images.
 struct CostFactors {
   double product, element;
@@ -44,17 +49,13 @@ struct SparseConv2dKernels {
   void (*pack)(const Conv2d& conv, bool transposed, const void* weight, bool channels_last, void* packed,
                int64_t first_panel, int64_t panels);
   // y = conv(x) + bias, over the non-zeros of x. bias may be null.
-  void (*forward)(const Conv2d& conv, Images x, void* packed, const void* bias, Images y, Part part);
+  void (*forward)(const Conv2d& conv, Images x, const void* packed, const void* bias, Images y, Part part);
   // grad_x over the non-zeros of grad_y; with `mask` (an x, laid out as grad_x) only where that is not zero.
-  void (*grad_input)(const Conv2d& conv, Images grad_y, void* packed, const void* mask, Images grad_x, Part part);
-  // grad_x, laid out as x, over the non-zeros of x and only there; the weight packed as for the forward.
-  void (*grad_input_at_nonzeros)(const Conv2d& conv, Images grad_y, Images x, void* packed, void* grad_x,
-                                 int64_t first_sample, int64_t count);
-  // grad_weight (O, C, KH, KW) over the non-zeros of grad_y or of x: parts first..first+rows of the weight_rows into which
-  // the work falls.
-  int64_t (*weight_rows)(const Conv2d& conv, bool by_grad);
-  void (*grad_weight)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, Images grad_weight, int64_t first,
-                      int64_t rows);
+  void (*grad_input)(const Conv2d& conv, Images grad_y, const void* packed, const void* mask, Images grad_x, Part part);
+  // Of grad_weight (O, C, KH, KW) and of grad_x (laid out as x, zero where x is) those that are not null, over the
+  // non-zeros of x, or, grad_weight alone, over those of grad_y. packed: for grad_x, the weight packed as for the forward.
+  void (*gradients)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, Images grad_weight,
+                    void* grad_x, ChannelPart part);
 };
 
 // Whether PyTorch's own autograd node had better do all passes of a training step: see sparse_conv2d_ways.h. x holds

@@ -2,6 +2,7 @@
 // The innermost kernel keeps a segment of one output row times 16 channels in registers and walks over the pixels of one
 // input row, for some taps of one kernel row, so that their weights (channels x taps x 16) stay in L1.
 #include "sparse_conv2d_gradients.h"
+#include "sparse_conv2d_passes.h"
 
 namespace sparsekern {
 namespace {
@@ -50,7 +51,7 @@ size_t packed_bytes(const Conv2d& conv, bool transposed) {
 void pack(const Conv2d& conv, bool transposed, const void* weight, bool channels_last, void* packed,
           int64_t first_panel, int64_t panels) {
   const Plan plan = make_plan(conv, transposed);
-  const Places places(plan);
+  const Places places(plan.groups, plan.group_count, plan.source.channels, plan.lanes);
   int64_t* list = static_cast<int64_t*>(scratch(1, size_t(conv.C * conv.KH * conv.KW) * sizeof(int64_t)));
   dispatch(conv.dtype, [&]<class T>() {
     const int64_t end = min((first_panel + panels) * plan.lanes, plan.result.channels);
@@ -61,7 +62,7 @@ void pack(const Conv2d& conv, bool transposed, const void* weight, bool channels
 }
 
 template <class T>
-void run(const Conv2d& conv, const Plan& plan, Images source, acc_t<T>* packed, const T* bias, const T* mask,
+void run(const Conv2d& conv, const Plan& plan, Images source, const acc_t<T>* packed, const T* bias, const T* mask,
          Images result, Part part) {
   using A = acc_t<T>;
   const Workspace<T> space(plan);
@@ -75,7 +76,7 @@ void run(const Conv2d& conv, const Plan& plan, Images source, acc_t<T>* packed, 
     for (int64_t panel = part.first_panel; panel < part.first_panel + part.panels; panel++) {
       std::memset(space.sums, 0, size_t(samples * space.sums_size) * sizeof(A));
       for (int64_t kh = 0; kh < conv.KH; kh++)
-        pass_samples<Pass::result>(conv, plan, space, samples, kh, packed + plan.slice(panel, kh, 0));
+        pass_samples<T>(conv, plan, space, samples, kh, packed + plan.slice(panel, kh, 0));
       const int64_t first = panel * plan.lanes, channels = min(plan.lanes, plan.result.channels - first);
       for (int64_t c = 0; c < channels; c += kLanes) {
         const vec<A> start = bias == nullptr ? vec<A>{} : load_first(bias + first + c, min(kLanes, channels - c));
@@ -89,28 +90,27 @@ void run(const Conv2d& conv, const Plan& plan, Images source, acc_t<T>* packed, 
   }
 }
 
-void forward(const Conv2d& conv, Images x, void* packed, const void* bias, Images y, Part part) {
+void forward(const Conv2d& conv, Images x, const void* packed, const void* bias, Images y, Part part) {
   Plan plan = make_plan(conv, false);
   plan.source = View(conv.C, conv.H, conv.W, x.channels_last);
   plan.result = View(conv.O, conv.OH, conv.OW, y.channels_last);
   dispatch(conv.dtype, [&]<class T>() {
-    run<T>(conv, plan, x, static_cast<acc_t<T>*>(packed), static_cast<const T*>(bias), nullptr, y, part);
+    run<T>(conv, plan, x, static_cast<const acc_t<T>*>(packed), static_cast<const T*>(bias), nullptr, y, part);
   });
 }
 
-void grad_input(const Conv2d& conv, Images grad_y, void* packed, const void* mask, Images grad_x, Part part) {
+void grad_input(const Conv2d& conv, Images grad_y, const void* packed, const void* mask, Images grad_x, Part part) {
   Plan plan = make_plan(conv, true);
   plan.source = View(conv.O, conv.OH, conv.OW, grad_y.channels_last);
   plan.result = View(conv.C, conv.H, conv.W, grad_x.channels_last);
   dispatch(conv.dtype, [&]<class T>() {
-    run<T>(conv, plan, grad_y, static_cast<acc_t<T>*>(packed), nullptr, static_cast<const T*>(mask), grad_x, part);
+    run<T>(conv, plan, grad_y, static_cast<const acc_t<T>*>(packed), nullptr, static_cast<const T*>(mask), grad_x, part);
   });
 }
 
 } // namespace
 
 extern const SparseConv2dKernels SPARSEKERN_TABLE(sparse_conv2d) = {
-    kFactors, count,      keep,                   panels,      packed_bytes, pack,
-    forward, grad_input, grad_input_at_nonzeros, weight_rows, grad_weight};
+    kFactors, count, keep, panels, packed_bytes, pack, forward, grad_input, gradients};
 
 } // namespace sparsekern

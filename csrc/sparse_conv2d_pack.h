@@ -5,16 +5,17 @@
 namespace sparsekern {
 namespace {
 
-// Where the slices of one panel hold (source channel, kh, kw).
+// Where the slices of one panel (kh, group, source channel, tap, lanes) hold (source channel, kh, kw).
 struct Places {
   int64_t per_row, base[kMaxKernelWidth], per_channel[kMaxKernelWidth];
-  explicit Places(const Plan& plan) : per_row(plan.taps * plan.source.channels * plan.lanes) {
-    for (int g = 0; g < plan.group_count; g++) {
-      const Group& group = plan.groups[g];
+  Places(const Group* groups, int group_count, int64_t channels, int64_t lanes) : per_row(0) {
+    for (int g = 0; g < group_count; g++) {
+      const Group& group = groups[g];
       for (int64_t t = 0; t < group.taps; t++) {
-        base[group.kw + t * group.kw_step] = plan.slice(0, 0, g) + t * plan.lanes;
-        per_channel[group.kw + t * group.kw_step] = group.taps * plan.lanes;
+        base[group.kw + t * group.kw_step] = per_row + t * lanes;
+        per_channel[group.kw + t * group.kw_step] = group.taps * lanes;
       }
+      per_row += group.taps * channels * lanes;
     }
   }
   int64_t at(int64_t channel, int64_t kh, int64_t kw) const {

@@ -1,23 +1,22 @@
-// What the convolution and its gradients share: passes over some samples at a time, and their scratch.
+// Passes over some samples at a time, and their scratch.
 #pragma once
 #include "sparse_conv2d_rows.h"
 
 namespace sparsekern {
 namespace {
 
-// One slice of the weights, of kernel row kh, and one sample. start: of the slice's block of channels; value: the
-// lists' values, or sums of Pass::value.
-template <Pass kPass, class A>
-void pass_slice(const Conv2d& conv, const Plan& plan, int64_t kh, const Group& group, const Lists<A>& lists, A* value,
-                const int32_t* start, A* weight, A* sums) {
-  const row_fn<A> pass_row = find_row<kPass, A>(plan.lanes, plan.segment, group.taps);
+// One slice of the weights, of kernel row kh, and one sample. start: of the slice's block of channels.
+template <class A>
+void pass_slice(const Conv2d& conv, const Plan& plan, int64_t kh, const Group& group, const Lists<A>& lists,
+                const int32_t* start, const A* weight, A* sums) {
+  const row_fn<A> pass_row = find_row<A>(plan.lanes, plan.segment, group.taps);
   for (int64_t row = 0; row < plan.result.rows; row++) {
     const int64_t source_row = plan.source_row(conv, row, kh);
     if (source_row < 0 || source_row >= plan.source.rows) continue;
     const int32_t* from = start + source_row * plan.pitch + group.column;
     A* to = sums + (row * plan.phase_count + group.phase) * plan.width * plan.lanes;
     for (int64_t i = 0; i < plan.width; i += plan.segment)
-      pass_row(value, lists.channel, from + i * plan.step, plan.step, weight, to + i * plan.lanes);
+      pass_row(lists.value, lists.channel, from + i * plan.step, plan.step, weight, to + i * plan.lanes);
   }
 }
 
@@ -29,12 +28,11 @@ template <class T> struct Workspace {
   uint16_t* channels;
   int32_t* start;
   A* sums;
-  A* value_sums;  // of Pass::value: kRegLanes for each entry of the lists
   int32_t* place; // of the result's columns in a row of sums
   T* image;       // a source sample with its channels last
 
   // As many samples at a time as let a slice of weights be read from L2 rarely and the lists stay in L2.
-  explicit Workspace(const Plan& plan, bool with_value_sums = false)
+  explicit Workspace(const Plan& plan)
       : at_once(max(1, min(8, 131072 / max(plan.source.size(), 1)))), size(plan.source.size() + kLanes),
         starts(plan.blocks() * plan.source.rows * plan.pitch),
         sums_size(plan.result.rows * plan.phase_count * plan.width * plan.lanes),
@@ -42,9 +40,6 @@ template <class T> struct Workspace {
         channels(static_cast<uint16_t*>(scratch(2, size_t(at_once * size) * sizeof(uint16_t)))),
         start(static_cast<int32_t*>(scratch(3, size_t(at_once * starts) * sizeof(int32_t)))),
         sums(static_cast<A*>(scratch(4, size_t(at_once * sums_size) * sizeof(A)))),
-        value_sums(with_value_sums
-                       ? static_cast<A*>(scratch(7, size_t(at_once * size * kRegLanes<A>) * sizeof(A)))
-                       : nullptr),
         place(static_cast<int32_t*>(scratch(5, size_t(plan.result.columns) * sizeof(int32_t)))),
         image(static_cast<T*>(scratch(6, size_t(size) * sizeof(T)))) {
     for (int64_t p = 0; p < plan.phase_count; p++)
@@ -55,18 +50,17 @@ template <class T> struct Workspace {
 };
 
 // Kernel row kh of one panel and some samples: slice by slice, each for all of them while it is in the first-level cache.
-template <Pass kPass, class T>
+template <class T>
 void pass_samples(const Conv2d& conv, const Plan& plan, const Workspace<T>& space, int64_t samples, int64_t kh,
-                  acc_t<T>* weight_row) {
+                  const acc_t<T>* weight_row) {
   for (int g = 0; g < plan.group_count; g++)
     for (int64_t block = 0; block < plan.blocks(); block++) {
       const Group& group = plan.groups[g];
-      acc_t<T>* weight = weight_row + plan.slice(0, 0, g) + block * plan.block * group.taps * plan.lanes;
+      const acc_t<T>* weight = weight_row + plan.slice(0, 0, g) + block * plan.block * group.taps * plan.lanes;
       for (int64_t b = 0; b < samples; b++) {
         const auto lists = space.lists(b);
-        acc_t<T>* value = kPass == Pass::value ? space.value_sums + b * space.size * kRegLanes<acc_t<T>> : lists.value;
-        pass_slice<kPass>(conv, plan, kh, group, lists, value, lists.start + block * plan.source.rows * plan.pitch,
-                          weight, space.sums + b * space.sums_size);
+        pass_slice(conv, plan, kh, group, lists, lists.start + block * plan.source.rows * plan.pitch, weight,
+                   space.sums + b * space.sums_size);
       }
     }
 }

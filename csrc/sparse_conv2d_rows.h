@@ -119,69 +119,55 @@ Plan make_plan(const Conv2d& conv, bool transposed) {
   return plan;
 }
 
-// What a pass does for each non-zero of the source with its value v, its weights w and the results r that they reach. The
-// convolution adds v * w to r. Its gradients read the result's gradient in place of r: they add v * r to w, or w * r to
-// the sums (kRegLanes of them) that take the place of v.
-enum class Pass { result, weight, value };
-
-template <class A> using row_fn = void (*)(A*, const uint16_t*, const int32_t*, int64_t, A*, A*);
+template <class A> using row_fn = void (*)(const A*, const uint16_t*, const int32_t*, int64_t, const A*, A*);
 
 // Column kColumn of the segment: its non-zeros meet the results kColumn - t that exist, kRegs registers each.
-template <Pass kPass, class A, int kRegs, int kSegment, int kTaps, int kColumn>
-SPARSEKERN_INLINE void pass_columns(reg<A> (&results)[kSegment][kRegs], A* value, const uint16_t* channel,
-                                    const int32_t* start, int64_t step, A* weight) {
+template <class A, int kRegs, int kSegment, int kTaps, int kColumn>
+SPARSEKERN_INLINE void pass_columns(reg<A> (&results)[kSegment][kRegs], const A* value, const uint16_t* channel,
+                                    const int32_t* start, int64_t step, const A* weight) {
   constexpr int kWidth = kRegLanes<A>;
   if constexpr (kColumn < kSegment + kTaps - 1) {
     const int64_t begin = start[kColumn * step], end = start[kColumn * step + 1];
     for (int64_t i = begin; i < end; i++) {
-      const reg<A> v = kPass == Pass::value ? load_reg(value + i * kWidth) : value[i] - reg<A>{};
-      reg<A> sums[2] = {v, reg<A>{}}; // of Pass::value: two, so that additions wait less for each other
-      A* w = weight + int64_t(channel[i]) * (kTaps * kRegs * kWidth);
+      const reg<A> v = value[i] - reg<A>{};
+      const A* w = weight + int64_t(channel[i]) * (kTaps * kRegs * kWidth);
 #pragma GCC unroll 8
       for (int t = 0; t < kTaps; t++)
 #pragma GCC unroll 8
         for (int r = 0; r < kRegs; r++)
-          if (kColumn - t >= 0 && kColumn - t < kSegment) {
-            A* at = w + (t * kRegs + r) * kWidth;
-            reg<A>& result = results[kColumn - t][r];
-            if constexpr (kPass == Pass::result) result = fma_reg(v, load_reg(at), result);
-            else if constexpr (kPass == Pass::weight) store_reg(at, fma_reg(v, result, load_reg(at)));
-            else sums[(t * kRegs + r) % 2] = fma_reg(load_reg(at), result, sums[(t * kRegs + r) % 2]);
-          }
-      if constexpr (kPass == Pass::value) store_reg(value + i * kWidth, sums[0] + sums[1]);
+          if (kColumn - t >= 0 && kColumn - t < kSegment)
+            results[kColumn - t][r] = fma_reg(v, load_reg(w + (t * kRegs + r) * kWidth), results[kColumn - t][r]);
     }
-    pass_columns<kPass, A, kRegs, kSegment, kTaps, kColumn + 1>(results, value, channel, start, step, weight);
+    pass_columns<A, kRegs, kSegment, kTaps, kColumn + 1>(results, value, channel, start, step, weight);
   }
 }
 
-template <Pass kPass, class A, int kRegs, int kSegment, int kTaps>
-void pass_row(A* value, const uint16_t* channel, const int32_t* start, int64_t step, A* weight, A* result) {
-  if (kPass != Pass::result && start[0] == start[(kSegment + kTaps - 2) * step + 1]) return; // as many rows are empty
+template <class A, int kRegs, int kSegment, int kTaps>
+void pass_row(const A* value, const uint16_t* channel, const int32_t* start, int64_t step, const A* weight, A* result) {
   reg<A> results[kSegment][kRegs];
 #pragma GCC unroll 32
   for (int i = 0; i < kSegment * kRegs; i++) results[i / kRegs][i % kRegs] = load_reg(result + i * kRegLanes<A>);
-  pass_columns<kPass, A, kRegs, kSegment, kTaps, 0>(results, value, channel, start, step, weight);
-  if constexpr (kPass == Pass::result)
+  pass_columns<A, kRegs, kSegment, kTaps, 0>(results, value, channel, start, step, weight);
 #pragma GCC unroll 32
-    for (int i = 0; i < kSegment * kRegs; i++) store_reg(result + i * kRegLanes<A>, results[i / kRegs][i % kRegs]);
+  for (int i = 0; i < kSegment * kRegs; i++) store_reg(result + i * kRegLanes<A>, results[i / kRegs][i % kRegs]);
 }
 
-template <Pass kPass, class A, int kPanels, int kSegment> row_fn<A> find_row_of(int taps) {
+template <class A, int kPanels, int kSegment> row_fn<A> find_row_of(int taps) {
   constexpr int kRegs = kPanels * kLanes / kRegLanes<A>;
   switch (taps) {
-    case 1: return pass_row<kPass, A, kRegs, kSegment, 1>;
-    case 2: return pass_row<kPass, A, kRegs, kSegment, 2>;
-    case 3: return pass_row<kPass, A, kRegs, kSegment, 3>;
-    case 4: return pass_row<kPass, A, kRegs, kSegment, 4>;
-    default: return pass_row<kPass, A, kRegs, kSegment, 5>;
+    case 1: return pass_row<A, kRegs, kSegment, 1>;
+    case 2: return pass_row<A, kRegs, kSegment, 2>;
+    case 3: return pass_row<A, kRegs, kSegment, 3>;
+    case 4: return pass_row<A, kRegs, kSegment, 4>;
+    default: return pass_row<A, kRegs, kSegment, 5>;
   }
 }
 
-template <Pass kPass, class A, int kSegment = 2> row_fn<A> find_row(int64_t lanes, int64_t segment, int taps) {
+template <class A, int kSegment = 2> row_fn<A> find_row(int64_t lanes, int64_t segment, int taps) {
   if constexpr (kSegment < kMaxSegment<A>)
-    if (segment > kSegment) return find_row<kPass, A, kSegment + 2>(lanes, segment, taps);
-  return lanes == kLanes ? find_row_of<kPass, A, 1, kSegment>(taps)
-                         : find_row_of<kPass, A, kMaxPanels<A>, kSegment>(taps);
+    if (segment > kSegment) return find_row<A, kSegment + 2>(lanes, segment, taps);
+  return lanes == kLanes ? find_row_of<A, 1, kSegment>(taps)
+                         : find_row_of<A, kMaxPanels<A>, kSegment>(taps);
 }
 
 } // namespace

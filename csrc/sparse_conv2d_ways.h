@@ -5,6 +5,8 @@
 // the passes are within a sixth, and the way that they lead to takes 1 to 2 % more than the best one in the mean. On Zen 4
 // all takes about 1.75 times as long, the dense way and the others alike. benchmarks/crossovers.py measures them.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "sparse_conv2d.h"
@@ -25,22 +27,23 @@ struct ConvWork {
   // The kernels index one sample with 32 bits and keep a bounded number of tap groups.
   bool sparse_possible() const {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    return conv.C * conv.H * conv.W < kMost && conv.O * conv.OH * conv.OW < kMost && conv.KW <= kMaxKernelWidth &&
-           conv.SW <= kMaxKernelWidth;
+    const int64_t rows = conv.H + 2 * conv.PH, columns = conv.W + 2 * conv.PW + 2 * kMaxKernelWidth;
+    return conv.C * conv.H * conv.W < kMost && conv.O * conv.OH * conv.OW < kMost && rows < kMost && columns < kMost &&
+           rows * columns < kMost / 32 && conv.KW <= kMaxKernelWidth && conv.SW <= kMaxKernelWidth &&
+           conv.SH <= kMaxKernelWidth;
   }
 };
 
-// What a pass over non-zeros takes: for a column of a row that a kernel row and a panel meet, more where the number of
-// non-zeros there cannot be predicted, for each of them, for 16 products, for an element of what has the non-zeros and of the
-// other one (contiguous, channels-last), and for a weight.
+// What the passes over non-zeros pixel by pixel take (y by x, or grad_x by grad_y): for a column of a row that a kernel row and
+// a panel meet, more where the number of non-zeros there cannot be predicted, for each of them, for 16 products, for an
+// element of what has the non-zeros and of the other one (contiguous, channels-last), and for a weight.
 struct SparseCost {
   double column, uncertain, nonzero, products, source[2], other[2], weight;
 };
-constexpr SparseCost kResultCost{1.3, 1.4, 0.44, 0.170, {0.31, 0.17}, {0.28, 0.22}, 0.10}; // y by x, or grad_x by grad_y
-constexpr SparseCost kValueCost{1.3, 1.0, 1.60, 0.166, {0.55, 0.40}, {0.61, 0.23}, 0.08};  // grad_x at the non-zeros of x
-constexpr SparseCost kWeightCost{1.1, 2.2, 0.14, 0.357, {0.14, 0.15}, {0.69, 0.14}, 0.80}; // grad_weight
+constexpr SparseCost kResultCost{1.3, 1.4, 0.44, 0.170, {0.31, 0.17}, {0.28, 0.22}, 0.10};
 
-inline double sparse_cost(const ConvWork& work, const SparseCost& cost, bool by_grad, double active) {
+inline double sparse_cost(const ConvWork& work, bool by_grad, double active) {
+  constexpr SparseCost cost = kResultCost;
   const Conv2d& conv = work.conv;
   const int64_t from = by_grad ? conv.O : conv.C, to = by_grad ? conv.C : conv.O;
   const double panels = double(work.kernels.panels(conv, by_grad));
@@ -55,6 +58,46 @@ inline double sparse_cost(const ConvWork& work, const SparseCost& cost, bool by_
              (columns * (cost.column + uncertain * cost.uncertain) +
               nonzeros * (columns * cost.nonzero + products * cost.products)) +
          work.kernels.factors.element * (wide ? 2 : 1) * (x + y) + work.weights() * cost.weight;
+}
+
+// What the passes channel by channel take (grad_weight, grad_x at the non-zeros of x, or both): for a list that a pass takes,
+// for 16 products (of both gradients), to list a non-zero, and the rest as above.
+struct ListCost {
+  double list, products, nonzero, source[2], other[2], weight;
+};
+constexpr ListCost kWeightCost{14.5, 0.246, 1.28, {0.31, 0.19}, {0.43, 0.26}, 0.31};
+constexpr ListCost kValueCost{9.4, 0.291, 2.47, {0.38, 0.26}, {0.42, 0.28}, 0.10};
+constexpr ListCost kBothCost{22.1, 0.282, 3.71, {0.18, 0.09}, {0.39, 0.29}, 0.42};
+
+inline double list_cost(const ConvWork& work, const ListCost& cost, bool by_grad, double active) {
+  const Conv2d& conv = work.conv;
+  const auto parts_of = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
+  const int64_t from = by_grad ? conv.O : conv.C, to = by_grad ? conv.C : conv.O, vectors = parts_of(to, 16);
+  const int64_t panels = work.kernels.panels(conv, by_grad), lanes = vectors / panels * 16;
+  // As in sparse_conv2d_gradients.h: groups of taps, what a pass takes together, and how many passes a list takes.
+  const int64_t taps = by_grad ? conv.KW : parts_of(conv.KW, conv.SW), chunks = parts_of(taps, 5);
+  const int64_t groups = by_grad ? chunks : chunks * std::min(conv.SW, conv.KW);
+  const int64_t parts = std::clamp<int64_t>((&cost == &kBothCost ? 14 : 30) * 16 / (parts_of(taps, chunks) * lanes), 1, 8);
+  const int64_t passes =
+      groups * (by_grad && conv.KH > 1 ? parts_of(conv.KH, parts) * panels : conv.KH * parts_of(panels, parts));
+  const int64_t height = by_grad ? conv.H + 2 * conv.PH : conv.OH;
+  const int64_t width = by_grad ? conv.W + 2 * conv.PW : conv.OW + 2 * (taps - 1), panel_bytes = height * width * lanes * 4;
+  const double at_once = by_grad ? double(std::clamp<int64_t>(131072 / panel_bytes, 1, std::min<int64_t>(conv.B, 8))) : 1;
+  const double bands = at_once > 1 ? 1 : std::max(1.0, double(panel_bytes) / 24576);
+  const double lists = double(conv.B * from * passes) / at_once * bands;
+  // By x, columns whose windows reach beyond the result are passed whole.
+  const double rows = double(by_grad ? conv.B * conv.OH * conv.OW : conv.B * conv.OH * conv.W / conv.SW);
+  const double nonzeros = active * double(from), passed = nonzeros * rows * double(passes) / double(groups);
+  const double products = nonzeros * rows * double(conv.KH * conv.KW * vectors);
+  const double x_elements = work.x_elements(), y_elements = work.y_elements();
+  const double x = x_elements * (by_grad ? cost.other : cost.source)[work.x_channels_last];
+  const double y = y_elements * (by_grad ? cost.source : cost.other)[work.y_channels_last];
+  const bool wide = conv.dtype == DType::f64;
+  return work.kernels.factors.product * (wide ? 4.5 : 1) *
+             (lists * (1 - std::exp(-passed * double(chunks) / lists)) * cost.list + products * cost.products) +
+         work.kernels.factors.element * (wide ? 2 : 1) *
+             (active * (by_grad ? y_elements : x_elements) * cost.nonzero + x + y) +
+         work.weights() * cost.weight;
 }
 
 // What a pass of PyTorch's takes: for the call, for 16 products forward and backward, for an element of x or y, and for a
@@ -97,7 +140,7 @@ constexpr double kMargin = 0.85; // of the dense way's cost: nearer to it the ke
 
 inline bool sparse_forward_pays(const ConvWork& work, double active) {
   return work.sparse_possible() &&
-         sparse_cost(work, kResultCost, false, active) < kMargin * dense_cost(work, ConvPass::forward);
+         sparse_cost(work, false, active) < kMargin * dense_cost(work, ConvPass::forward);
 }
 
 // How the input's gradient and the weight's are taken, and what that takes.
@@ -114,8 +157,8 @@ inline ConvWays dense_backward_ways(const ConvWork& work, bool want_input, bool 
   return {ConvWay::dense, ConvWay::dense, input + weight - shared};
 }
 
-// grad_x by grad_y, or, if wanted at the non-zeros of x alone, by x; grad_weight by either. Costs of the kernels' count as
-// kMargin says.
+// grad_x by grad_y, or, if wanted at the non-zeros of x alone, by x; grad_weight by either, and by x together with grad_x. Costs
+// of the kernels' count as kMargin says.
 inline ConvWays backward_ways(const ConvWork& work, double x_active, double grad_active, bool at_nonzeros, bool want_input,
                               bool want_weight) {
   ConvWays fastest = dense_backward_ways(work, want_input, want_weight);
@@ -123,23 +166,20 @@ inline ConvWays backward_ways(const ConvWork& work, double x_active, double grad
   const auto consider = [&](ConvWay input, ConvWay weight, double cost) {
     if (cost < fastest.cost) fastest = {input, weight, cost};
   };
-  const auto cost_of = [&](const SparseCost& cost, ConvWay way) {
-    return sparse_cost(work, cost, way == ConvWay::by_grad, way == ConvWay::by_grad ? grad_active : x_active) / kMargin;
-  };
+  const auto by_x = [&](const ListCost& cost) { return list_cost(work, cost, false, x_active) / kMargin; };
   ConvWay input = ConvWay::by_grad, weight = ConvWay::by_grad;
   double input_cost = 0, weight_cost = 0;
   if (want_input) {
-    input_cost = cost_of(kResultCost, input);
-    if (const double by_x = cost_of(kValueCost, ConvWay::by_x); at_nonzeros && by_x < input_cost)
-      input = ConvWay::by_x, input_cost = by_x;
+    input_cost = sparse_cost(work, true, grad_active) / kMargin;
+    if (const double cost = by_x(kValueCost); at_nonzeros && cost < input_cost) input = ConvWay::by_x, input_cost = cost;
   }
   if (want_weight) {
-    weight_cost = cost_of(kWeightCost, weight);
-    if (const double by_x = cost_of(kWeightCost, ConvWay::by_x); by_x < weight_cost)
-      weight = ConvWay::by_x, weight_cost = by_x;
+    weight_cost = list_cost(work, kWeightCost, true, grad_active) / kMargin;
+    if (const double cost = by_x(kWeightCost); cost < weight_cost) weight = ConvWay::by_x, weight_cost = cost;
   }
   consider(input, weight, input_cost + weight_cost);
   if (want_input && want_weight) {
+    if (at_nonzeros) consider(ConvWay::by_x, ConvWay::by_x, by_x(kBothCost));
     consider(ConvWay::dense, weight, dense_cost(work, ConvPass::grad_input) + weight_cost);
     consider(input, ConvWay::dense, input_cost + dense_cost(work, ConvPass::grad_weight));
   }
@@ -154,7 +194,7 @@ inline bool all_dense_pays(const ConvWork& work, double x_active, bool want_inpu
   const double forward = dense_cost(work, ConvPass::forward);
   const double dense = forward + dense_backward_ways(work, want_input, true).cost;
   if (dense > kLongest) return false;
-  const double sparse = sparse_forward_pays(work, x_active) ? sparse_cost(work, kResultCost, false, x_active) / kMargin : forward;
+  const double sparse = sparse_forward_pays(work, x_active) ? sparse_cost(work, false, x_active) / kMargin : forward;
   return dense < sparse + backward_ways(work, x_active, 1, false, want_input, true).cost + kFunction;
 }
 

@@ -146,16 +146,22 @@ template <class T> void check_case(const Conv2d& conv, double active, double act
   compare("grad_input", conv, x, grad_x, wanted.grad_x);
   kernels.grad_input(conv, grad_images, turned.data, x_data.data(), {grad_x.data(), x_last}, whole);
   compare("grad_input of a mask", conv, x, grad_x, wanted.grad_x, &x);
-  kernels.grad_input_at_nonzeros(conv, grad_images, x_images, packed.data, grad_x.data(), 0, half);
-  kernels.grad_input_at_nonzeros(conv, grad_images, x_images, packed.data, grad_x.data(), half, conv.B - half);
-  compare("grad_input_at_nonzeros", conv, x, grad_x, wanted.grad_x, &x);
-
+  const Images weight_images{grad_weight.data(), weight_last}, none{nullptr, false};
+  for (const ChannelPart part : {ChannelPart{0, half, 0, conv.C}, ChannelPart{half, conv.B - half, 0, conv.C}})
+    kernels.gradients(conv, false, grad_images, x_images, packed.data, none, grad_x.data(), part);
+  compare("grad_input at non-zeros", conv, x, grad_x, wanted.grad_x, &x);
   for (const bool by_grad : {false, true}) {
-    const int64_t rows = kernels.weight_rows(conv, by_grad), first = rows / 3;
-    kernels.grad_weight(conv, by_grad, grad_images, x_images, {grad_weight.data(), weight_last}, 0, first);
-    kernels.grad_weight(conv, by_grad, grad_images, x_images, {grad_weight.data(), weight_last}, first, rows - first);
+    const int64_t channels = by_grad ? conv.O : conv.C, third = channels / 3;
+    for (const ChannelPart part : {ChannelPart{0, conv.B, 0, third}, ChannelPart{0, conv.B, third, channels - third}})
+      kernels.gradients(conv, by_grad, grad_images, x_images, nullptr, weight_images, nullptr, part);
     compare(by_grad ? "grad_weight by grad_y" : "grad_weight by x", conv, weight, grad_weight, wanted.grad_weight);
   }
+  std::fill(grad_x.begin(), grad_x.end(), T{}), std::fill(grad_weight.begin(), grad_weight.end(), T{});
+  const int64_t third = conv.C / 3;
+  for (const ChannelPart part : {ChannelPart{0, conv.B, 0, third}, ChannelPart{0, conv.B, third, conv.C - third}})
+    kernels.gradients(conv, false, grad_images, x_images, packed.data, weight_images, grad_x.data(), part);
+  compare("grad_input, with the weight's", conv, x, grad_x, wanted.grad_x, &x);
+  compare("grad_weight, with the input's", conv, weight, grad_weight, wanted.grad_weight);
 }
 
 template <class T> void check_dtype(DType dtype, std::mt19937& random) {
