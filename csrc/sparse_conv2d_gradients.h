@@ -37,14 +37,23 @@ template <class A> SPARSEKERN_INLINE void add_sums(A* to, reg<A> v) {
   std::memcpy(to, &sum, sizeof sum);
 }
 
-// How many parts (kernel rows, or panels) a pass takes together: as many as the registers hold the weights and the sums of.
-constexpr int most_parts(int regs, bool both) {
+// The registers for the weights and the sums of a pass, beside a value, a window's, and two sums where there are weights.
 #if defined(__AVX512F__)
-  const int fit = both ? 28 / (2 * regs) : 30 / regs; // of 32, beside a value, a window's and two sums
-  return fit < 1 ? 1 : fit > 8 ? 8 : fit;
+constexpr int most_registers(bool both) { return both ? 28 : 30; }
 #else
-  return 0 * (regs + both) + 1;
+constexpr int most_registers(bool both) { return both ? 12 : 14; }
 #endif
+
+// How many parts (kernel rows, or panels) a pass takes together, of so many registers each.
+constexpr int most_parts(int regs, bool both) {
+  const int fit = most_registers(both) / (both ? 2 * regs : regs);
+  return fit < 1 ? 1 : fit > 8 ? 8 : fit;
+}
+
+// How many of a panel's registers it takes at once.
+constexpr int most_at_once(int taps, int regs, bool both) {
+  while (regs > 1 && taps * regs * (both ? 2 : 1) > most_registers(both)) regs /= 2;
+  return regs;
 }
 
 // Slices of the weights, or of the sums of their gradient, of one channel and one group of taps: of each part.
@@ -58,32 +67,36 @@ template <class A> struct Slices {
 template <bool kWeight, bool kValue, class A, int kRegs, int kTaps, int kParts>
 void pass_windows(const int32_t* offset, const A* value, A* sums, int64_t n, const A* panel, int64_t step,
                   Slices<const A> weight, Slices<A> gradient) {
-  constexpr int kWidth = kRegLanes<A>, kPart = kTaps * kRegs;
-  reg<A> w[kParts][kPart], grad[kParts][kPart];
+  constexpr int kWidth = kRegLanes<A>, kAtOnce = most_at_once(kTaps, kRegs, kWeight && kValue), kPart = kTaps * kAtOnce;
+  for (int r = 0; r < kRegs; r += kAtOnce, weight.data += kAtOnce * kWidth * kValue, gradient.data += kAtOnce * kWidth * kWeight) {
+    reg<A> w[kParts][kPart], grad[kParts][kPart];
 #pragma GCC unroll 32
-  for (int i = 0; i < kParts * kPart; i++) {
-    if (kValue) w[i / kPart][i % kPart] = load_reg(weight.data + i / kPart * weight.step + i % kPart * kWidth);
-    if (kWeight) grad[i / kPart][i % kPart] = load_reg(gradient.data + i / kPart * gradient.step + i % kPart * kWidth);
-  }
-  for (int64_t e = 0; e < n; e++) {
-    const A* window = panel + offset[e];
-    const reg<A> v = value[e] - reg<A>{};
-    reg<A> sum[2] = {}; // two, so that additions wait less for each other
+    for (int i = 0; i < kParts * kPart; i++) {
+      const int part = i / kPart, at = (i % kPart / kAtOnce * kRegs + i % kAtOnce) * kWidth;
+      if (kValue) w[part][i % kPart] = load_reg(weight.data + part * weight.step + at);
+      if (kWeight) grad[part][i % kPart] = load_reg(gradient.data + part * gradient.step + at);
+    }
+    for (int64_t e = 0; e < n; e++) {
+      const A* window = panel + offset[e] + r * kWidth;
+      const reg<A> v = value[e] - reg<A>{};
+      reg<A> sum[2] = {}; // two, so that additions wait less for each other
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; part++)
+      for (int part = 0; part < kParts; part++)
 #pragma GCC unroll 16
-      for (int i = 0; i < kPart; i++) {
-        reg<A> other = load_reg(window + part * step + (i % kRegs - i / kRegs * kRegs) * kWidth);
-        if (kWeight && kValue) keep_in_register(other); // GCC would load it for each of its two uses
-        if (kWeight) grad[part][i] = fma_reg(v, other, grad[part][i]);
-        if (kValue) sum[i % 2] = fma_reg(w[part][i], other, sum[i % 2]);
-      }
-    if (kValue) add_sums(sums + e * kSums, sum[0] + sum[1]);
-  }
-  if (kWeight)
+        for (int i = 0; i < kPart; i++) {
+          reg<A> other = load_reg(window + part * step + (i % kAtOnce - i / kAtOnce * kRegs) * kWidth);
+          if (kWeight && kValue) keep_in_register(other); // GCC would load it for each of its two uses
+          if (kWeight) grad[part][i] = fma_reg(v, other, grad[part][i]);
+          if (kValue) sum[i % 2] = fma_reg(w[part][i], other, sum[i % 2]);
+        }
+      if (kValue) add_sums(sums + e * kSums, sum[0] + sum[1]);
+    }
+    if (kWeight)
 #pragma GCC unroll 32
-    for (int i = 0; i < kParts * kPart; i++)
-      store_reg(gradient.data + i / kPart * gradient.step + i % kPart * kWidth, grad[i / kPart][i % kPart]);
+      for (int i = 0; i < kParts * kPart; i++)
+        store_reg(gradient.data + i / kPart * gradient.step + (i % kPart / kAtOnce * kRegs + i % kAtOnce) * kWidth,
+                  grad[i / kPart][i % kPart]);
+  }
 }
 
 template <class A>
