@@ -211,7 +211,7 @@ void grad_input(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const
   });
 }
 
-// grad_x at the non-zeros of x, if not null.
+// grad_x at the non-zeros of x.
 void grad_input_at_nonzeros(const Conv2d& conv, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                             const Tensor& grad_x) {
   const Packed packed(conv, false, weight);
@@ -221,10 +221,12 @@ void grad_input_at_nonzeros(const Conv2d& conv, const Tensor& grad_y, const Tens
   });
 }
 
-// grad_weight over the non-zeros of grad_y or of x, and of x grad_x at them, if not null.
+// grad_weight over the non-zeros of grad_y or of x; with those of x, grad_x at them too, if not null. Each thread takes some
+// channels of all samples, so that nothing is added up of what threads did.
 void grad_weight(const Conv2d& conv, bool by_grad, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                  const Tensor& grad_weight, void* grad_x) {
-  const std::optional<Packed> packed = grad_x == nullptr ? std::nullopt : std::optional<Packed>(std::in_place, conv, false, weight);
+  std::optional<Packed> packed;
+  if (grad_x != nullptr) packed.emplace(conv, false, weight);
   torch::stable::parallel_for(0, by_grad ? conv.O : conv.C, 1, [&](int64_t begin, int64_t end) {
     kernels().gradients(conv, by_grad, images(grad_y), images(x), packed ? packed->data() : nullptr, images(grad_weight),
                         grad_x, {0, conv.B, begin, end - begin});
@@ -255,9 +257,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
   const bool both = want_input && want_weight && ways.input == ConvWay::by_x && ways.weight == ConvWay::by_x;
   if (want_input && !dense_input) {
     grad_x = empty_maps(x, {conv.B, conv.C, conv.H, conv.W}, !x.is_contiguous());
-    if (grad_x.numel() == 0 || both) {} // nothing yet
-    else if (ways.input == ConvWay::by_x) grad_input_at_nonzeros(conv, grad_y, x, weight, grad_x);
-    else grad_input(conv, grad_y, x, weight, at_nonzeros, grad_x);
+    if (grad_x.numel() > 0 && !both) {
+      if (ways.input == ConvWay::by_x) grad_input_at_nonzeros(conv, grad_y, x, weight, grad_x);
+      else grad_input(conv, grad_y, x, weight, at_nonzeros, grad_x);
+    }
   }
   if (want_weight && !dense_weight) {
     grad_w = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, !weight.is_contiguous());

@@ -65,7 +65,7 @@ inline double sparse_cost(const ConvWork& work, bool by_grad, double active) {
 struct ListCost {
   double list, products, nonzero, source[2], other[2], weight;
 };
-constexpr ListCost kWeightCost{14.5, 0.246, 1.28, {0.31, 0.19}, {0.43, 0.26}, 0.31};
+constexpr ListCost kWeightCost{14.5, 0.246, 1.28, {0.31, 0.19}, {0.55, 0.26}, 0.31};
 constexpr ListCost kValueCost{9.4, 0.291, 2.47, {0.38, 0.26}, {0.42, 0.28}, 0.10};
 constexpr ListCost kBothCost{22.1, 0.282, 3.71, {0.18, 0.09}, {0.39, 0.29}, 0.42};
 
