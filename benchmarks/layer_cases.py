@@ -43,7 +43,10 @@ def linear_cases():
                 yield Case(title, FORWARD, batch, partial(_prepare_linear, name, group_size, batch, False))
             yield Case(title, BACKWARD, 64, partial(_prepare_linear, name, group_size, 64, True))
     yield Case("linear 32768->4096 d=1 k=32 G=16", "decode", 1, _prepare_decode)
-    yield Case("linear 1600->1000 d=0.4, dense input", FORWARD, 64, _prepare_dense_linear)
+    yield Case("linear 1600->1000 d=0.4, dense input", FORWARD, 64, partial(_prepare_dense_linear, 1000, 0.4, 1, False))
+    for work, training in ((FORWARD, False), (BACKWARD, True)):
+        prepare_case = partial(_prepare_dense_linear, 1500, 0.1, 16, training)
+        yield Case("linear 1600->1500 d=0.1 G=16, dense input", work, 64, prepare_case)
 
 
 def conv_cases():
@@ -98,11 +101,15 @@ def _prepare_decode(options: Options) -> Prepared:
     return prepare(linear_implementations(layer, options, False), layer, [(x, None) for x in xs], False)
 
 
-def _prepare_dense_linear(options: Options) -> Prepared:
+def _prepare_dense_linear(
+    out_features: int, density: float, group_size: int, training: bool, options: Options
+) -> Prepared:
     torch.manual_seed(0)
-    layer = sk.SparseLinear(1600, 1000, density=0.4).to(options.device, options.dtype)
+    layer = sk.SparseLinear(1600, out_features, density=density, group_size=group_size)
+    layer.to(options.device, options.dtype)
     xs = torch.randn(POOL[64], 64, 1600, device=options.device, dtype=options.dtype)
-    return prepare(linear_implementations(layer, options, False), layer, [(x, None) for x in xs], False)
+    members = [(x, torch.randn_like(x[:, :out_features]) if training else None) for x in xs]
+    return prepare(linear_implementations(layer, options, training), layer, members, training)
 
 
 def _prepare_dense_conv(options: Options) -> Prepared:
