@@ -6,8 +6,8 @@
 namespace sparsekern {
 namespace {
 
-// Rows or columns. The source has the non-zeros; the other image is the dense one: the result's gradient if the source is
-// x, else x. Source positions of one phase meet the same taps: position n of them meets tap k at place(phase, n) + shift(k).
+// Rows or columns. The source has the non-zeros; the other image is the dense one: the result's gradient if the source is x,
+// else x. Source positions of one phase meet the same taps: position n of them meets tap k at place(phase, n) + shift(k).
 struct Axis {
   bool by_grad; // whether the source is grad_y
   int64_t stride, padding, length, other;
@@ -30,8 +30,8 @@ struct Axis {
 };
 
 // A panel of the other image (`lanes` of its channels) has `left` empty columns before it and some after, so that no
-// window of taps needs a check of them; by grad_y, empty rows too, so that all kernel rows meet the same non-zeros. Groups as
-// those of a Plan, of which tap t lies at `column` - t.
+// window of taps needs a check of them; by grad_y, empty rows too, so that all kernel rows meet the same non-zeros. Groups
+// as those of a Plan, of which tap t lies at `column` - t.
 struct Windows {
   Axis rows, columns;
   View source, other;
@@ -51,10 +51,10 @@ struct Windows {
 
 Windows make_windows(const Conv2d& conv, bool by_grad, Images x, Images grad_y) {
   const View of_x(conv.C, conv.H, conv.W, x.channels_last), of_grad(conv.O, conv.OH, conv.OW, grad_y.channels_last);
-  const Axis rows = by_grad ? Axis{true, conv.SH, conv.PH, conv.OH, conv.H} : Axis{false, conv.SH, conv.PH, conv.H, conv.OH};
-  const Axis columns =
-      by_grad ? Axis{true, conv.SW, conv.PW, conv.OW, conv.W} : Axis{false, conv.SW, conv.PW, conv.W, conv.OW};
-  Windows windows{rows, columns, by_grad ? of_grad : of_x, by_grad ? of_x : of_grad, conv.KH, conv.KW, 0, 0, 0, 0, 0, 0, {}, {}};
+  const Axis rows{by_grad, conv.SH, conv.PH, by_grad ? conv.OH : conv.H, by_grad ? conv.H : conv.OH};
+  const Axis columns{by_grad, conv.SW, conv.PW, by_grad ? conv.OW : conv.W, by_grad ? conv.W : conv.OW};
+  Windows windows{rows, columns, by_grad ? of_grad : of_x, by_grad ? of_x : of_grad, conv.KH, conv.KW, 0, 0, 0, 0, 0, 0,
+                  {},   {}};
   const Plan plan = make_plan(conv, by_grad);
   windows.lanes = plan.lanes;
   if (by_grad) { // all taps are of one phase

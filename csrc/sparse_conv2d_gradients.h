@@ -10,8 +10,8 @@
 namespace sparsekern {
 namespace {
 
-// Of a panel: so much of it as passes at a time stays in the first-level cache, or, of more samples for longer lists, in the
-// second.
+// Of a panel: so much of it as passes at a time stays in the first-level cache, or, of more samples for longer lists, in
+// the second.
 constexpr int64_t kBandBytes = 24576, kPanelBytes = 131072;
 
 constexpr int kSums = 4; // of an entry, which are added last
@@ -68,7 +68,7 @@ template <bool kWeight, bool kValue, class A, int kRegs, int kTaps, int kParts>
 void pass_windows(const int32_t* offset, const A* value, A* sums, int64_t n, const A* panel, int64_t step,
                   Slices<const A> weight, Slices<A> gradient) {
   constexpr int kWidth = kRegLanes<A>, kAtOnce = most_at_once(kTaps, kRegs, kWeight && kValue), kPart = kTaps * kAtOnce;
-  for (int r = 0; r < kRegs; r += kAtOnce, weight.data += kAtOnce * kWidth * kValue, gradient.data += kAtOnce * kWidth * kWeight) {
+  for (int r = 0; r < kRegs; r += kAtOnce) {
     reg<A> w[kParts][kPart], grad[kParts][kPart];
 #pragma GCC unroll 32
     for (int i = 0; i < kParts * kPart; i++) {
@@ -96,13 +96,16 @@ void pass_windows(const int32_t* offset, const A* value, A* sums, int64_t n, con
       for (int i = 0; i < kParts * kPart; i++)
         store_reg(gradient.data + i / kPart * gradient.step + (i % kPart / kAtOnce * kRegs + i % kAtOnce) * kWidth,
                   grad[i / kPart][i % kPart]);
+    if (kValue) weight.data += kAtOnce * kWidth;
+    if (kWeight) gradient.data += kAtOnce * kWidth;
   }
 }
 
 template <class A>
 using windows_fn = void (*)(const int32_t*, const A*, A*, int64_t, const A*, int64_t, Slices<const A>, Slices<A>);
 
-template <bool kWeight, bool kValue, class A, int kRegs, int kTaps, int kParts = 1> windows_fn<A> find_parts(int64_t parts) {
+template <bool kWeight, bool kValue, class A, int kRegs, int kTaps, int kParts = 1>
+windows_fn<A> find_parts(int64_t parts) {
   if constexpr (kParts < most_parts(kTaps * kRegs, kWeight && kValue))
     if (parts > kParts) return find_parts<kWeight, kValue, A, kRegs, kTaps, kParts + 1>(parts);
   return pass_windows<kWeight, kValue, A, kRegs, kTaps, kParts>;
@@ -171,132 +174,184 @@ void unpack_panel(const Conv2d& conv, const Windows& windows, const Places& plac
   }
 }
 
-// Writes one sample of the source's gradient: the sums of each of its non-zeros, 0 elsewhere. pixel: of a place in a panel,
-// for the first phases.
-template <class T>
-void write_values(const Windows& windows, const ChannelLists<acc_t<T>>& lists, int64_t sample, const acc_t<T>* sums,
-                  const int32_t* pixel, ChannelPart part, T* out) {
+// A few samples at a time of a part's channels: in the calling thread's scratch.
+template <class T> class GradientPasses {
   using A = acc_t<T>;
-  const View& view = windows.source;
-  if (part.channels == view.channels) {
-    std::memset(out, 0, size_t(view.size()) * sizeof(T));
-  } else if (view.channel_stride == 1) {
-    for (int64_t p = 0; p < view.pixels(); p++)
-      std::memset(out + p * view.pixel_stride + part.first, 0, size_t(part.channels) * sizeof(T));
-  } else {
-    std::memset(out + part.first * view.pixels(), 0, size_t(part.channels * view.pixels()) * sizeof(T));
-  }
-  const int lane_bits = __builtin_ctzll(uint64_t(windows.lanes));
-  const int32_t base = int32_t(sample * windows.panel_size());
-  for (int64_t list = 0; list < lists.count; list++)
-    for (int64_t phase = 0; phase < windows.rows.phases(); phase++) {
-      const int64_t first_pixel = phase * view.columns + list % lists.phases;
-      T* to = out + (part.first + list / lists.phases) * view.channel_stride + first_pixel * view.pixel_stride;
-      const int64_t end = lists.at(sample, windows.row_start[phase + 1], list);
-      for (int64_t i = lists.at(sample, windows.row_start[phase], list); i < end; i++) {
-        const A* sum = sums + i * kSums;
-        from_acc((sum[0] + sum[1]) + (sum[2] + sum[3]),
-                 to[pixel[(lists.offset[i] - base) >> lane_bits] * view.pixel_stride]);
-      }
-    }
-}
 
-template <class T>
-void gradients_of(const Conv2d& conv, const Windows& windows, Images source, Images other, const acc_t<T>* packed,
-                  Images grad_weight, T* grad_x, ChannelPart part) {
-  using A = acc_t<T>;
-  const int64_t lanes = windows.lanes, taps = conv.KH * conv.KW, row_size = windows.width * lanes;
-  const bool by_grad = windows.rows.by_grad, of_weight = grad_weight.data != nullptr, of_value = grad_x != nullptr;
-  const int64_t panel_size = windows.panel_size(), panel_bytes = int64_t(max(panel_size, 1) * sizeof(A));
-  const int64_t at_once = max(1, min(8, (by_grad ? kPanelBytes : kBandBytes) / panel_bytes)), stride = at_once * panel_size;
-  const int64_t band = at_once > 1 ? windows.height : max(1, kBandBytes / int64_t(max(row_size, 1) * sizeof(A)));
-  const int most = most_parts(int(windows.most_taps() * lanes / kRegLanes<A>), of_weight && of_value);
-  const bool by_rows = by_grad && conv.KH > 1; // parts
-  const int64_t rows_at_once = by_rows ? most : 1, panels_at_once = by_rows ? 1 : most;
-  const ChannelLists<A> lists(windows, part.channels, at_once);
-  A* panels = static_cast<A*>(scratch(4, size_t(windows.panels() * stride) * sizeof(A)));
-  A *value_sums = nullptr, *sums = nullptr;
-  int32_t* pixel = nullptr;
-  if (of_value) {
-    const int64_t entries = at_once * part.channels * windows.source.pixels(), places = (conv.H - 1 + conv.PH) / conv.SH + 1;
-    value_sums = static_cast<A*>(scratch(7, size_t(entries * kSums) * sizeof(A)));
-    pixel = static_cast<int32_t*>(scratch(6, size_t(places * windows.width) * sizeof(int32_t)));
-    for (int64_t r = 0; r < places; r++)
-      for (int64_t c = 0; c < windows.width; c++)
-        pixel[r * windows.width + c] = int32_t((r * conv.SH - conv.PH) * conv.W + (c - windows.left) * conv.SW - conv.PW);
-  }
-  if (of_weight) {
-    const size_t n = size_t(windows.panels() * taps * part.channels * lanes);
-    sums = static_cast<A*>(scratch(8, n * sizeof(A)));
-    std::memset(sums, 0, n * sizeof(A));
-  }
-  // Entries of all lists from (sample, row) on to before (end sample, end row), by some parts from a panel and kh on.
-  const auto pass = [&](const Group& group, int64_t before, int64_t panel, int64_t kh, int64_t parts, int64_t sample,
-                        int64_t row, int64_t end_sample, int64_t end_row) {
-    const windows_fn<A> pass_windows = find_windows<A>(of_weight, of_value, lanes, group.taps, parts);
-    const int64_t slice = ((panel * conv.KH + kh) * conv.KW + before) * lanes, each = group.taps * lanes;
-    const int64_t slices = (by_rows ? conv.KW : taps) * lanes; // of a channel, from a part to the next
-    const A* from = panels + panel * stride + windows.rows.shift(kh) * row_size + group.column * lanes;
-    for (int64_t c = 0; c < part.channels; c++) {
-      const int64_t list = c * lists.phases + group.phase, first = lists.at(sample, row, list);
-      const int64_t n = lists.at(end_sample, end_row, list) - first;
-      if (n == 0) continue;
-      Slices<const A> weight{nullptr, slices * windows.source.channels};
-      Slices<A> gradient{nullptr, slices * part.channels};
-      if (of_value) weight.data = packed + slice * windows.source.channels + (part.first + c) * each;
-      if (of_weight) gradient.data = sums + slice * part.channels + c * each;
-      pass_windows(lists.offset + first, lists.value + first, of_value ? value_sums + first * kSums : nullptr, n, from,
-                   by_rows ? row_size : stride, weight, gradient);
+ public:
+  GradientPasses(const Conv2d& conv, const Windows& windows, const A* packed, bool of_weight, bool of_value,
+                 ChannelPart part)
+      : at_once(samples_at_once(windows)), conv_(conv), windows_(windows), part_(part), packed_(packed),
+        panel_stride_(at_once * windows.panel_size()), lists_(windows, part.channels, at_once),
+        panels_(static_cast<A*>(scratch(4, size_t(windows.panels() * panel_stride_) * sizeof(A)))) {
+    if (of_value) {
+      const int64_t entries = at_once * part.channels * windows.source.pixels();
+      value_sums_ = static_cast<A*>(scratch(7, size_t(entries * kSums) * sizeof(A)));
+      list_pixels();
     }
-  };
-  const int64_t end = part.first_sample + part.samples;
-  for (int64_t b0 = part.first_sample; b0 < end; b0 += at_once) {
-    const int64_t samples = min(at_once, end - b0);
-    clear_lists(windows, samples, lists);
+    if (of_weight) {
+      const size_t n = size_t(windows.panels() * conv.KH * conv.KW * part.channels * windows.lanes);
+      sums_ = static_cast<A*>(scratch(8, n * sizeof(A)));
+      std::memset(sums_, 0, n * sizeof(A));
+    }
+  }
+
+  const int64_t at_once; // samples
+
+  // Up to so many samples of the source and of the other image, for add() and write_values().
+  void take(const T* source, const T* other, int64_t samples) {
+    samples_ = samples;
+    clear_lists(windows_, samples, lists_);
     for (int64_t b = 0; b < samples; b++) {
-      list_channels(static_cast<const T*>(source.data) + (b0 + b) * windows.source.size(), windows, part.first, b, lists);
-      lay_out(static_cast<const T*>(other.data) + (b0 + b) * windows.other.size(), windows, panels + b * panel_size, stride);
+      list_channels(source + b * windows_.source.size(), windows_, part_.first, b, lists_);
+      lay_out(other + b * windows_.other.size(), windows_, panels_ + b * windows_.panel_size(), panel_stride_);
     }
-    if (of_value)
-      for (int64_t list = 0; list < lists.count; list++) {
-        const int64_t first = lists.at(0, 0, list), n = lists.next[list] - first;
-        std::memset(value_sums + first * kSums, 0, size_t(n * kSums) * sizeof(A));
-      }
-    for (int64_t panel = 0; panel < windows.panels(); panel += panels_at_once)
-      for (int64_t top = 0; top < windows.height; top += band)
-        for (int64_t kh = 0; kh < conv.KH; kh += rows_at_once) {
-          const int64_t parts = by_rows ? min(rows_at_once, conv.KH - kh) : min(panels_at_once, windows.panels() - panel);
-          const int64_t first_row = windows.row_start[windows.rows.phase_of(kh)];
-          // By grad_y all kernel rows meet the same rows, and all samples' entries are one stretch of a list.
-          const int64_t tap = by_grad ? 0 : kh, shift = by_grad ? conv.PH : 0;
-          const int64_t from = first_row + windows.rows.before(tap, top - shift);
-          const int64_t to = first_row + windows.rows.before(tap, min(top + band, windows.height) - shift);
-          int64_t before = 0;
-          for (int g = 0; g < windows.group_count; before += windows.groups[g++].taps)
-            if (by_grad) pass(windows.groups[g], before, panel, kh, parts, 0, from, samples - 1, to);
-            else
-              for (int64_t b = 0; b < samples; b++) pass(windows.groups[g], before, panel, kh, parts, b, from, b, to);
-        }
-    if (of_value)
-      for (int64_t b = 0; b < samples; b++)
-        write_values(windows, lists, b, value_sums, pixel, part, grad_x + (b0 + b) * windows.source.size());
+    if (value_sums_ == nullptr) return;
+    for (int64_t list = 0; list < lists_.count; list++) {
+      const int64_t first = lists_.at(0, 0, list), n = lists_.next[list] - first;
+      std::memset(value_sums_ + first * kSums, 0, size_t(n * kSums) * sizeof(A));
+    }
   }
-  if (!of_weight) return;
-  const Places places(windows.groups, windows.group_count, part.channels, lanes);
-  int64_t* list = static_cast<int64_t*>(scratch(1, size_t(max(part.channels, 1) * taps) * sizeof(int64_t)));
-  for (int64_t panel = 0; panel < windows.panels(); panel++)
-    unpack_panel(conv, windows, places, sums + panel * taps * part.channels * lanes, panel, part.first, part.channels, list,
-                 static_cast<T*>(grad_weight.data), grad_weight.channels_last);
-}
+
+  // Adds all products of what was taken.
+  void add() {
+    const bool by_grad = windows_.rows.by_grad, by_rows = by_grad && conv_.KH > 1;
+    const int64_t row_bytes = max(windows_.width * windows_.lanes, 1) * int64_t(sizeof(A));
+    const int64_t band = at_once > 1 ? windows_.height : max(1, kBandBytes / row_bytes);
+    const int most = most_parts(int(windows_.most_taps() * windows_.lanes / kRegLanes<A>), value_sums_ && sums_);
+    const int64_t panels_at_once = by_rows ? 1 : most, rows_at_once = by_rows ? most : 1;
+    for (int64_t panel = 0; panel < windows_.panels(); panel += panels_at_once)
+      for (int64_t top = 0; top < windows_.height; top += band)
+        for (int64_t kh = 0; kh < conv_.KH; kh += rows_at_once) {
+          const int64_t parts = by_rows ? min(rows_at_once, conv_.KH - kh) : min(panels_at_once, windows_.panels() - panel);
+          const int64_t first_row = windows_.row_start[windows_.rows.phase_of(kh)];
+          // By grad_y all kernel rows meet the same rows, and all samples' entries are one stretch of a list.
+          const int64_t tap = by_grad ? 0 : kh, shift = by_grad ? conv_.PH : 0;
+          const int64_t from = first_row + windows_.rows.before(tap, top - shift);
+          const int64_t to = first_row + windows_.rows.before(tap, min(top + band, windows_.height) - shift);
+          int64_t before = 0;
+          for (int g = 0; g < windows_.group_count; before += windows_.groups[g++].taps)
+            if (by_grad) add_lists(windows_.groups[g], before, panel, kh, parts, {0, from}, {samples_ - 1, to});
+            else
+              for (int64_t b = 0; b < samples_; b++)
+                add_lists(windows_.groups[g], before, panel, kh, parts, {b, from}, {b, to});
+        }
+  }
+
+  // Writes the source's gradient at the samples that were taken: the sums of each non-zero, 0 elsewhere.
+  void write_values(T* out) const {
+    for (int64_t b = 0; b < samples_; b++) {
+      clear_channels(out + b * windows_.source.size());
+      write_sample(b, out + b * windows_.source.size());
+    }
+  }
+
+  void write_weight(T* grad_weight, bool channels_last) const {
+    const int64_t taps = conv_.KH * conv_.KW;
+    const Places places(windows_.groups, windows_.group_count, part_.channels, windows_.lanes);
+    int64_t* list = static_cast<int64_t*>(scratch(1, size_t(max(part_.channels, 1) * taps) * sizeof(int64_t)));
+    for (int64_t panel = 0; panel < windows_.panels(); panel++)
+      unpack_panel(conv_, windows_, places, sums_ + panel * taps * part_.channels * windows_.lanes, panel, part_.first,
+                   part_.channels, list, grad_weight, channels_last);
+  }
+
+ private:
+  struct Row {
+    int64_t sample, row;
+  };
+
+  static int64_t samples_at_once(const Windows& windows) {
+    const int64_t bytes = windows.rows.by_grad ? kPanelBytes : kBandBytes;
+    return max(1, min(8, bytes / (max(windows.panel_size(), 1) * int64_t(sizeof(A)))));
+  }
+
+  // The pixel of a place in a panel, for the first phases.
+  void list_pixels() {
+    const int64_t rows = (conv_.H - 1 + conv_.PH) / conv_.SH + 1, width = windows_.width;
+    pixel_ = static_cast<int32_t*>(scratch(6, size_t(rows * width) * sizeof(int32_t)));
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < width; c++)
+        pixel_[r * width + c] =
+            int32_t((r * conv_.SH - conv_.PH) * conv_.W + (c - windows_.left) * conv_.SW - conv_.PW);
+  }
+
+  // The entries of all lists from one row on to before another one, by some parts from a panel and kernel row on.
+  void add_lists(const Group& group, int64_t taps_before, int64_t panel, int64_t kh, int64_t parts, Row from, Row to) {
+    const int64_t lanes = windows_.lanes, row_size = windows_.width * lanes, taps = conv_.KH * conv_.KW;
+    const windows_fn<A> pass_windows = find_windows<A>(sums_ != nullptr, value_sums_ != nullptr, lanes, group.taps, parts);
+    const bool by_rows = windows_.rows.by_grad && conv_.KH > 1;
+    const int64_t slice = ((panel * conv_.KH + kh) * conv_.KW + taps_before) * lanes, each = group.taps * lanes;
+    const int64_t next_slice = (by_rows ? conv_.KW : taps) * lanes; // of one channel
+    const A* windows = panels_ + panel * panel_stride_ + windows_.rows.shift(kh) * row_size + group.column * lanes;
+    for (int64_t c = 0; c < part_.channels; c++) {
+      const int64_t list = c * lists_.phases + group.phase, first = lists_.at(from.sample, from.row, list);
+      const int64_t n = lists_.at(to.sample, to.row, list) - first;
+      if (n == 0) continue;
+      Slices<const A> weight{nullptr, next_slice * windows_.source.channels};
+      Slices<A> gradient{nullptr, next_slice * part_.channels};
+      if (value_sums_) weight.data = packed_ + slice * windows_.source.channels + (part_.first + c) * each;
+      if (sums_) gradient.data = sums_ + slice * part_.channels + c * each;
+      pass_windows(lists_.offset + first, lists_.value + first, value_sums_ ? value_sums_ + first * kSums : nullptr, n,
+                   windows, by_rows ? row_size : panel_stride_, weight, gradient);
+    }
+  }
+
+  void clear_channels(T* out) const {
+    const View& view = windows_.source;
+    if (part_.channels == view.channels)
+      std::memset(out, 0, size_t(view.size()) * sizeof(T));
+    else if (view.channel_stride != 1)
+      std::memset(out + part_.first * view.pixels(), 0, size_t(part_.channels * view.pixels()) * sizeof(T));
+    else
+      for (int64_t p = 0; p < view.pixels(); p++)
+        std::memset(out + p * view.pixel_stride + part_.first, 0, size_t(part_.channels) * sizeof(T));
+  }
+
+  void write_sample(int64_t sample, T* out) const {
+    const View& view = windows_.source;
+    const int lane_bits = __builtin_ctzll(uint64_t(windows_.lanes));
+    const int32_t base = int32_t(sample * windows_.panel_size());
+    for (int64_t list = 0; list < lists_.count; list++)
+      for (int64_t phase = 0; phase < windows_.rows.phases(); phase++) {
+        const int64_t first_pixel = phase * view.columns + list % lists_.phases;
+        T* to = out + (part_.first + list / lists_.phases) * view.channel_stride + first_pixel * view.pixel_stride;
+        const int64_t end = lists_.at(sample, windows_.row_start[phase + 1], list);
+        for (int64_t i = lists_.at(sample, windows_.row_start[phase], list); i < end; i++) {
+          const A* sum = value_sums_ + i * kSums;
+          from_acc((sum[0] + sum[1]) + (sum[2] + sum[3]),
+                   to[pixel_[(lists_.offset[i] - base) >> lane_bits] * view.pixel_stride]);
+        }
+      }
+  }
+
+  const Conv2d& conv_;
+  const Windows& windows_;
+  const ChannelPart part_;
+  const A* packed_;
+  const int64_t panel_stride_; // from a panel of all samples to the next
+  const ChannelLists<A> lists_;
+  A *panels_, *value_sums_ = nullptr, *sums_ = nullptr; // value_sums_: kSums for each entry of the lists
+  int32_t* pixel_ = nullptr;
+  int64_t samples_ = 0;
+};
 
 // Of grad_weight and of grad_x, laid out as x, what is not null: over the non-zeros of grad_y (grad_weight alone) or of x.
 // packed: the weight as the forward reads it.
-void gradients(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, Images grad_weight, void* grad_x,
-               ChannelPart part) {
+void gradients(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, Images grad_weight,
+               void* grad_x, ChannelPart part) {
   const Windows windows = make_windows(conv, by_grad, x, grad_y);
+  const Images source = by_grad ? grad_y : x, other = by_grad ? x : grad_y;
   dispatch(conv.dtype, [&]<class T>() {
-    gradients_of<T>(conv, windows, by_grad ? grad_y : x, by_grad ? x : grad_y, static_cast<const acc_t<T>*>(packed),
-                    grad_weight, static_cast<T*>(grad_x), part);
+    const bool of_weight = grad_weight.data != nullptr, of_value = grad_x != nullptr;
+    GradientPasses<T> passes(conv, windows, static_cast<const acc_t<T>*>(packed), of_weight, of_value, part);
+    const int64_t end = part.first_sample + part.samples;
+    for (int64_t b = part.first_sample; b < end; b += passes.at_once) {
+      passes.take(static_cast<const T*>(source.data) + b * windows.source.size(),
+                  static_cast<const T*>(other.data) + b * windows.other.size(), min(passes.at_once, end - b));
+      passes.add();
+      if (of_value) passes.write_values(static_cast<T*>(grad_x) + b * windows.source.size());
+    }
+    if (of_weight) passes.write_weight(static_cast<T*>(grad_weight.data), grad_weight.channels_last);
   });
 }
 
