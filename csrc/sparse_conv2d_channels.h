@@ -6,8 +6,9 @@
 namespace sparsekern {
 namespace {
 
-// Rows or columns. The source has the non-zeros; the other image is the dense one: the result's gradient if the source is x,
-// else x. Source positions of one phase meet the same taps: position n of them meets tap k at place(phase, n) + shift(k).
+// Rows or columns. The source has the non-zeros; the other image is the dense one: the result's gradient if the source is
+// x, else x. Source positions of one phase meet the same taps: position n of them meets tap k at
+// place(phase, n) + shift(k).
 struct Axis {
   bool by_grad; // whether the source is grad_y
   int64_t stride, padding, length, other;
@@ -108,8 +109,8 @@ template <class A> struct ChannelLists {
   int64_t phases, count, rows;
 };
 
-// Calls f(i, value) for each of the first n elements of p that is not zero; what is read next is fetched, since where the bits
-// of a word end is not predicted, and nothing behind it is read ahead.
+// Calls f(i, value) for each of the first n elements of p that is not zero; what is read next is fetched, since where the
+// bits of a word end is not predicted, and nothing behind it is read ahead.
 template <class T, class F> SPARSEKERN_INLINE void each_nonzero(const T* p, int64_t n, const F& f) {
   constexpr int64_t kMost = 64, kAhead = 512;
   for (int64_t first = 0; first < n; first += kMost) {

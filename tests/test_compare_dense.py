@@ -120,7 +120,7 @@ def test_full_has_the_compiled_rivals(tiny, monkeypatch):
 
 def test_the_cases_are_those_promised():
     names = [str(case) for case in compare_dense.all_cases()]
-    assert len(names) == len(set(names)) == 40
+    assert len(names) == len(set(names)) == 42
     for batch in (1, 64, 1024):
         assert f"linear 1600->1500 d=0.1 k=200 G=16, forward, B={batch}" in names
     for network in ("mnist sparseCNN2 G=1", "mnist sparseCNN2 G=16", "speech sparseCNN2 G=1"):
