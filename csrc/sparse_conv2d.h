@@ -30,9 +30,10 @@ struct ChannelPart {
   int64_t first_sample, samples, first, channels;
 };
 
-// How much longer the kernels of an instruction set take than with AVX-512: for products, and for elements of images.
+// How much longer the kernels of an instruction set take than with AVX-512: for products pixel by pixel and channel by
+// channel, and for elements of images.
 struct CostFactors {
-  double product, element;
+  double product, list, element;
 };
 
 struct SparseConv2dKernels {

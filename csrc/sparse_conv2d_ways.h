@@ -93,7 +93,7 @@ inline double list_cost(const ConvWork& work, const ListCost& cost, bool by_grad
   const double x = x_elements * (by_grad ? cost.other : cost.source)[work.x_channels_last];
   const double y = y_elements * (by_grad ? cost.source : cost.other)[work.y_channels_last];
   const bool wide = conv.dtype == DType::f64;
-  return work.kernels.factors.product * (wide ? 4.5 : 1) *
+  return work.kernels.factors.list * (wide ? 4.5 : 1) *
              (lists * (1 - std::exp(-passed * double(chunks) / lists)) * cost.list + products * cost.products) +
          work.kernels.factors.element * (wide ? 2 : 1) *
              (active * (by_grad ? y_elements : x_elements) * cost.nonzero + x + y) +
