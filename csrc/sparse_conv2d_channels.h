@@ -164,7 +164,7 @@ void list_channels(const T* x, const Windows& windows, int64_t first, int64_t sa
       std::memcpy(start, lists.next, size_t(count) * sizeof(int32_t));
       const T* row = x + (rows.first(row_phase) + n * rows.phases()) * view.columns * pixel_stride;
       const int64_t row_place = (windows.top + rows.place(row_phase, n)) * windows.width + windows.left;
-      for (int64_t phase = 0; phase < phases; phase++) {
+      for (int64_t phase = 0; phase < min(phases, windows.KW); phase++) { // the others meet no tap
         const int64_t first_column = columns.first(phase), first_place = row_place + columns.place(phase, 0);
         const int64_t length = columns.count(phase);
         for (int64_t i = 0; i < length; i++)

@@ -42,11 +42,20 @@ template <class T> const T* channels_last(const T* x, const View& view, T* to) {
   return to;
 }
 
+#if defined(__AVX512F__)
+// A mask as a number, in a register: where it widens one, GCC 12 may write the mask's two bytes to the stack and read eight.
+SPARSEKERN_INLINE uint32_t bits_of(__mmask16 mask) {
+  uint32_t bits = mask;
+  asm("" : "+r"(bits));
+  return bits;
+}
+#endif
+
 // A bit for each of sixteen values that is not zero (NaN is not).
 SPARSEKERN_INLINE uint32_t nonzero_bits(const float* p) {
   uint32_t bits = 0;
 #if defined(__AVX512F__)
-  bits = _mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  bits = bits_of(_mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_setzero_ps(), _CMP_NEQ_UQ));
 #elif defined(__AVX2__)
   for (int i = 0; i < kLanes; i += 8)
     bits |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(p + i), _mm256_setzero_ps(), _CMP_NEQ_UQ))) << i;
@@ -59,7 +68,7 @@ SPARSEKERN_INLINE uint32_t nonzero_bits(const double* p) {
   uint32_t bits = 0;
 #if defined(__AVX512F__)
   for (int i = 0; i < kLanes; i += 8)
-    bits |= uint32_t(_mm512_cmp_pd_mask(_mm512_loadu_pd(p + i), _mm512_setzero_pd(), _CMP_NEQ_UQ)) << i;
+    bits |= bits_of(_mm512_cmp_pd_mask(_mm512_loadu_pd(p + i), _mm512_setzero_pd(), _CMP_NEQ_UQ)) << i;
 #elif defined(__AVX2__)
   for (int i = 0; i < kLanes; i += 4)
     bits |= uint32_t(_mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(p + i), _mm256_setzero_pd(), _CMP_NEQ_UQ))) << i;
