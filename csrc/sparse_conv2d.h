@@ -18,6 +18,10 @@ struct Images {
 };
 
 constexpr int64_t kMaxKernelWidth = 64; // wider kernels take the dense way
+constexpr int kMaxTaps = 5;             // of a kernel row that a pass takes together
+// Of a panel of the dense image, in the gradients: so much of it as passes at a time stays in the first-level cache, or, of
+// more samples for longer lists, in the second.
+constexpr int64_t kBandBytes = 24576, kPanelBytes = 131072;
 
 // A kernel call works for one range of samples and one range of panels (16 or 32 channels of the result), on the calling
 // thread; every sum has one fixed order, whatever the ranges.

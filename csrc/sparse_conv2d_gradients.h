@@ -10,10 +10,6 @@
 namespace sparsekern {
 namespace {
 
-// Of a panel: so much of it as passes at a time stays in the first-level cache, or, of more samples for longer lists, in
-// the second.
-constexpr int64_t kBandBytes = 24576, kPanelBytes = 131072;
-
 constexpr int kSums = 4; // of an entry, which are added last
 
 // The first four of 16, 8 or 4 neighbouring sums.

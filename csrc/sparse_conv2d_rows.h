@@ -6,7 +6,6 @@
 namespace sparsekern {
 namespace {
 
-constexpr int kMaxTaps = 5;
 // The panels of 16 channels that a pass takes together, and the outputs of a segment: their sums fill the registers,
 // beside a broadcast and a weight.
 #if defined(__AVX512F__)

@@ -61,13 +61,14 @@ inline double sparse_cost(const ConvWork& work, bool by_grad, double active) {
 }
 
 // What the passes channel by channel take (grad_weight, grad_x at the non-zeros of x, or both): for a list that a pass takes,
-// for 16 products (of both gradients), to list a non-zero, and the rest as above.
+// for 16 products (of both gradients), to list a non-zero, and the rest as above. registers: for the taps of a pass.
 struct ListCost {
   double list, products, nonzero, source[2], other[2], weight;
+  int64_t registers;
 };
-constexpr ListCost kWeightCost{14.5, 0.246, 1.28, {0.31, 0.19}, {0.55, 0.26}, 0.31};
-constexpr ListCost kValueCost{9.4, 0.291, 2.47, {0.38, 0.26}, {0.42, 0.28}, 0.10};
-constexpr ListCost kBothCost{22.1, 0.282, 3.71, {0.18, 0.09}, {0.39, 0.29}, 0.42};
+constexpr ListCost kWeightCost{14.5, 0.246, 1.28, {0.31, 0.19}, {0.55, 0.26}, 0.31, 30};
+constexpr ListCost kValueCost{9.4, 0.291, 2.47, {0.38, 0.26}, {0.42, 0.28}, 0.10, 30};
+constexpr ListCost kBothCost{22.1, 0.282, 3.71, {0.18, 0.09}, {0.39, 0.29}, 0.42, 14};
 
 inline double list_cost(const ConvWork& work, const ListCost& cost, bool by_grad, double active) {
   const Conv2d& conv = work.conv;
@@ -75,26 +76,28 @@ inline double list_cost(const ConvWork& work, const ListCost& cost, bool by_grad
   const int64_t from = by_grad ? conv.O : conv.C, to = by_grad ? conv.C : conv.O, vectors = parts_of(to, 16);
   const int64_t panels = work.kernels.panels(conv, by_grad), lanes = vectors / panels * 16;
   // As in sparse_conv2d_gradients.h: groups of taps, what a pass takes together, and how many passes a list takes.
-  const int64_t taps = by_grad ? conv.KW : parts_of(conv.KW, conv.SW), chunks = parts_of(taps, 5);
+  const int64_t taps = by_grad ? conv.KW : parts_of(conv.KW, conv.SW), chunks = parts_of(taps, kMaxTaps);
   const int64_t groups = by_grad ? chunks : chunks * std::min(conv.SW, conv.KW);
-  const int64_t parts = std::clamp<int64_t>((&cost == &kBothCost ? 14 : 30) * 16 / (parts_of(taps, chunks) * lanes), 1, 8);
+  const int64_t parts = std::clamp<int64_t>(cost.registers * 16 / (parts_of(taps, chunks) * lanes), 1, 8);
   const int64_t passes =
       groups * (by_grad && conv.KH > 1 ? parts_of(conv.KH, parts) * panels : conv.KH * parts_of(panels, parts));
   const int64_t height = by_grad ? conv.H + 2 * conv.PH : conv.OH;
   const int64_t width = by_grad ? conv.W + 2 * conv.PW : conv.OW + 2 * (taps - 1), panel_bytes = height * width * lanes * 4;
-  const double at_once = by_grad ? double(std::clamp<int64_t>(131072 / panel_bytes, 1, std::min<int64_t>(conv.B, 8))) : 1;
-  const double bands = at_once > 1 ? 1 : std::max(1.0, double(panel_bytes) / 24576);
+  const int64_t samples = std::clamp<int64_t>(conv.B, 1, 8);
+  const double at_once = by_grad ? double(std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, samples)) : 1;
+  const double bands = at_once > 1 ? 1 : std::max(1.0, double(panel_bytes) / kBandBytes);
   const double lists = double(conv.B * from * passes) / at_once * bands;
   // By x, columns whose windows reach beyond the result are passed whole.
   const double rows = double(by_grad ? conv.B * conv.OH * conv.OW : conv.B * conv.OH * conv.W / conv.SW);
   const double nonzeros = active * double(from), passed = nonzeros * rows * double(passes) / double(groups);
   const double products = nonzeros * rows * double(conv.KH * conv.KW * vectors);
+  const double met = lists > 0 ? lists * (1 - std::exp(-passed * double(chunks) / lists)) : 0; // that have a non-zero
   const double x_elements = work.x_elements(), y_elements = work.y_elements();
   const double x = x_elements * (by_grad ? cost.other : cost.source)[work.x_channels_last];
   const double y = y_elements * (by_grad ? cost.source : cost.other)[work.y_channels_last];
   const bool wide = conv.dtype == DType::f64;
   return work.kernels.factors.list * (wide ? 4.5 : 1) *
-             (lists * (1 - std::exp(-passed * double(chunks) / lists)) * cost.list + products * cost.products) +
+             (met * cost.list + products * cost.products) +
          work.kernels.factors.element * (wide ? 2 : 1) *
              (active * (by_grad ? y_elements : x_elements) * cost.nonzero + x + y) +
          work.weights() * cost.weight;
