@@ -29,7 +29,7 @@ SPARSEKERN_INLINE reg<float> load_reg(const bf16* p) {
 }
 SPARSEKERN_INLINE reg<float> load_reg(const f16* p) {
 #if defined(__AVX512F__)
-  return (reg<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (reg<float>)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (reg<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else

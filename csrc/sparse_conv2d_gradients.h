@@ -10,29 +10,6 @@
 namespace sparsekern {
 namespace {
 
-constexpr int kSums = 4; // of an entry, which are added last
-
-// The first four of 16, 8 or 4 neighbouring sums.
-template <class A> SPARSEKERN_INLINE void add_sums(A* to, reg<A> v) {
-  typedef A four __attribute__((vector_size(kSums * sizeof(A))));
-  four sum, part;
-  std::memcpy(&sum, to, sizeof sum);
-  if constexpr (kRegLanes<A> == 16) {
-    typedef A eight __attribute__((vector_size(8 * sizeof(A))));
-    const eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                       __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    part = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-  } else if constexpr (kRegLanes<A> == 8) {
-    part = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-  } else if constexpr (kRegLanes<A> == 4) {
-    part = v;
-  } else {
-    part = four{v[0], v[1], 0, 0};
-  }
-  sum += part;
-  std::memcpy(to, &sum, sizeof sum);
-}
-
 // The registers for the weights and the sums of a pass, beside a value, a window's, and two sums where there are weights.
 #if defined(__AVX512F__)
 constexpr int most_registers(bool both) { return both ? 28 : 30; }
@@ -85,7 +62,7 @@ void pass_windows(const int32_t* offset, const A* value, A* sums, int64_t n, con
           if (kWeight) grad[part][i] = fma_reg(v, other, grad[part][i]);
           if (kValue) sum[i % 2] = fma_reg(w[part][i], other, sum[i % 2]);
         }
-      if (kValue) add_sums(sums + e * kSums, sum[0] + sum[1]);
+      if (kValue) add_sums(sums + e * kEntrySums, sum[0] + sum[1]);
     }
     if (kWeight)
 #pragma GCC unroll 32
@@ -182,7 +159,7 @@ template <class T> class GradientPasses {
         panels_(static_cast<A*>(scratch(4, size_t(windows.panels() * panel_stride_) * sizeof(A)))) {
     if (of_value) {
       const int64_t entries = at_once * part.channels * windows.source.pixels();
-      value_sums_ = static_cast<A*>(scratch(7, size_t(entries * kSums) * sizeof(A)));
+      value_sums_ = static_cast<A*>(scratch(7, size_t(entries * kEntrySums) * sizeof(A)));
       list_pixels();
     }
     if (of_weight) {
@@ -205,7 +182,7 @@ template <class T> class GradientPasses {
     if (value_sums_ == nullptr) return;
     for (int64_t list = 0; list < lists_.count; list++) {
       const int64_t first = lists_.at(0, 0, list), n = lists_.next[list] - first;
-      std::memset(value_sums_ + first * kSums, 0, size_t(n * kSums) * sizeof(A));
+      std::memset(value_sums_ + first * kEntrySums, 0, size_t(n * kEntrySums) * sizeof(A));
     }
   }
 
@@ -287,7 +264,7 @@ template <class T> class GradientPasses {
       Slices<A> gradient{nullptr, next_slice * part_.channels};
       if (value_sums_) weight.data = packed_ + slice * windows_.source.channels + (part_.first + c) * each;
       if (sums_) gradient.data = sums_ + slice * part_.channels + c * each;
-      pass_windows(lists_.offset + first, lists_.value + first, value_sums_ ? value_sums_ + first * kSums : nullptr, n,
+      pass_windows(lists_.offset + first, lists_.value + first, value_sums_ ? value_sums_ + first * kEntrySums : nullptr, n,
                    windows, by_rows ? row_size : panel_stride_, weight, gradient);
     }
   }
@@ -313,7 +290,7 @@ template <class T> class GradientPasses {
         T* to = out + (part_.first + list / lists_.phases) * view.channel_stride + first_pixel * view.pixel_stride;
         const int64_t end = lists_.at(sample, windows_.row_start[phase + 1], list);
         for (int64_t i = lists_.at(sample, windows_.row_start[phase], list); i < end; i++) {
-          const A* sum = value_sums_ + i * kSums;
+          const A* sum = value_sums_ + i * kEntrySums;
           from_acc((sum[0] + sum[1]) + (sum[2] + sum[3]),
                    to[pixel_[(lists_.offset[i] - base) >> lane_bits] * view.pixel_stride]);
         }
@@ -326,7 +303,7 @@ template <class T> class GradientPasses {
   const A* packed_;
   const int64_t panel_stride_; // from a panel of all samples to the next
   const ChannelLists<A> lists_;
-  A *panels_, *value_sums_ = nullptr, *sums_ = nullptr; // value_sums_: kSums for each entry of the lists
+  A *panels_, *value_sums_ = nullptr, *sums_ = nullptr; // value_sums_: kEntrySums for each entry of the lists
   int32_t* pixel_ = nullptr;
   int64_t samples_ = 0;
 };

@@ -71,7 +71,7 @@ void run(const Conv2d& conv, const Plan& plan, Images source, const acc_t<T>* pa
     const int64_t samples = min(space.at_once, end - b0);
     for (int64_t b = 0; b < samples; b++) {
       const T* x = static_cast<const T*>(source.data) + (b0 + b) * source_size;
-      compress(channels_last(x, plan.source, space.image), plan.source, plan.block, plan.pad, plan.pitch, space.lists(b));
+      compress(channels_last(x, plan.source, space.image), plan, space.lists(b));
     }
     for (int64_t panel = part.first_panel; panel < part.first_panel + part.panels; panel++) {
       std::memset(space.sums, 0, size_t(samples * space.sums_size) * sizeof(A));

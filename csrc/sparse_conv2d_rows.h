@@ -1,6 +1,5 @@
 // How a convolution is cut into passes over rows, and the kernel of one pass.
 #pragma once
-#include "reg.h"
 #include "sparse_conv2d_lists.h"
 
 namespace sparsekern {
@@ -22,8 +21,7 @@ template <class A> constexpr int kMaxSegment = 2;
 // us a sample: 27.5 at 40 KB and 32 filters, 29.0 at 20 KB and 16 filters, 29.3 at 20 KB, 32 filters and half the channels.
 constexpr int64_t kSliceBytes = 40960;
 
-// Taps kw, kw + kw_step, ... of a kernel row; output i of phase `phase` meets tap t in padded column
-// column + (i + t) * step.
+// Taps kw, kw + kw_step, ... of a kernel row; output i of phase `phase` meets tap t at start[column + i + t] of a row.
 struct Group {
   int taps;
   int64_t kw, kw_step, column, phase;
@@ -34,13 +32,14 @@ struct Phase {
   int64_t first, count;
 };
 
-// Forward: strides leave one phase of the result, and the columns of the source are taken `step` apart. Input gradient:
-// the source is grad_y, the result grad_x; column w of grad_x meets only the taps kw with w + PW - kw divisible by SW, so
-// that there are SW phases, each a convolution of stride 1 with the taps reversed.
+// Forward: strides leave one phase of the result, and a group's taps meet columns of the source `step` apart, which its
+// lists hold next to each other. Input gradient: the source is grad_y, the result grad_x; column w of grad_x meets only the
+// taps kw with w + PW - kw divisible by SW, so that there are SW phases, each a convolution of stride 1 with the taps
+// reversed.
 struct Plan {
   bool transposed;
   View source{0, 0, 0, false}, result{0, 0, 0, false};
-  int64_t KH, step, pad, pitch, segment, width;
+  int64_t KH, step, length, pad, segment, width; // of the source's lists, of the result's rows
   int64_t lanes; // channels of the result in a panel: 16 or 32
   int64_t block; // channels of the source in a pass
   int group_count, phase_count;
@@ -49,6 +48,7 @@ struct Plan {
   Phase phases[kMaxKernelWidth];
 
   int64_t panels() const { return (result.channels + lanes - 1) / lanes; }
+  int64_t pitch() const { return step * length; }
   int64_t blocks() const { return (source.channels + block - 1) / block; }
   int64_t panel_size() const { return KH * taps * source.channels * lanes; }
   // Where the packed weights (panel, kh, group, source channel, tap, lanes) hold a slice.
@@ -96,7 +96,7 @@ Plan make_plan(const Conv2d& conv, bool transposed) {
       group.phase = transposed ? r : 0;
       group.kw = r + conv.SW * (transposed ? first + n - 1 : first);
       group.kw_step = transposed ? -conv.SW : conv.SW;
-      group.column = transposed ? plan.pad + low - first - n + 1 : group.kw;
+      group.column = transposed ? plan.pad + low - first - n + 1 : first;
     }
   }
   if (!transposed) {
@@ -112,41 +112,41 @@ Plan make_plan(const Conv2d& conv, bool transposed) {
   const int64_t segments = (columns + longest - 1) / longest;
   plan.segment = segments == 0 ? 2 : ((columns + segments - 1) / segments + 1) / 2 * 2;
   plan.width = segments * plan.segment;
-  const int64_t reach = transposed ? plan.width + last_shift + plan.pad : plan.width * conv.SW + conv.KW;
-  const int64_t image = plan.pad + plan.source.columns;
-  plan.pitch = (reach > image ? reach : image) + 2;
+  const int64_t reach = plan.width + (transposed ? last_shift + plan.pad : (conv.KW + conv.SW - 1) / conv.SW);
+  plan.length = max(reach, (plan.pad + plan.source.columns + plan.step - 1) / plan.step) + 2;
+  for (int g = 0; g < plan.group_count && !transposed; g++)
+    plan.groups[g].column += plan.groups[g].kw % conv.SW * plan.length;
   return plan;
 }
 
-template <class A> using row_fn = void (*)(const A*, const uint16_t*, const int32_t*, int64_t, const A*, A*);
+template <class A> using row_fn = void (*)(const Entry<A>*, const int32_t*, const A*, A*);
 
 // Column kColumn of the segment: its non-zeros meet the results kColumn - t that exist, kRegs registers each.
 template <class A, int kRegs, int kSegment, int kTaps, int kColumn>
-SPARSEKERN_INLINE void pass_columns(reg<A> (&results)[kSegment][kRegs], const A* value, const uint16_t* channel,
-                                    const int32_t* start, int64_t step, const A* weight) {
-  constexpr int kWidth = kRegLanes<A>;
+SPARSEKERN_INLINE void pass_columns(reg<A> (&results)[kSegment][kRegs], const Entry<A>* entries, const int32_t* start,
+                                    const A* weight) {
   if constexpr (kColumn < kSegment + kTaps - 1) {
-    const int64_t begin = start[kColumn * step], end = start[kColumn * step + 1];
-    for (int64_t i = begin; i < end; i++) {
-      const reg<A> v = value[i] - reg<A>{};
-      const A* w = weight + int64_t(channel[i]) * (kTaps * kRegs * kWidth);
+    const Entry<A>* const end = entries + start[kColumn + 1];
+    for (const Entry<A>* entry = entries + start[kColumn]; entry != end; entry++) {
+      reg<A> v;
+      const A* w = weight + read_entry(*entry, v) * kTaps;
 #pragma GCC unroll 8
       for (int t = 0; t < kTaps; t++)
 #pragma GCC unroll 8
         for (int r = 0; r < kRegs; r++)
           if (kColumn - t >= 0 && kColumn - t < kSegment)
-            results[kColumn - t][r] = fma_reg(v, load_reg(w + (t * kRegs + r) * kWidth), results[kColumn - t][r]);
+            results[kColumn - t][r] = fma_reg(v, load_reg(w + (t * kRegs + r) * kRegLanes<A>), results[kColumn - t][r]);
     }
-    pass_columns<A, kRegs, kSegment, kTaps, kColumn + 1>(results, value, channel, start, step, weight);
+    pass_columns<A, kRegs, kSegment, kTaps, kColumn + 1>(results, entries, start, weight);
   }
 }
 
 template <class A, int kRegs, int kSegment, int kTaps>
-void pass_row(const A* value, const uint16_t* channel, const int32_t* start, int64_t step, const A* weight, A* result) {
+void pass_row(const Entry<A>* entries, const int32_t* start, const A* weight, A* result) {
   reg<A> results[kSegment][kRegs];
 #pragma GCC unroll 32
   for (int i = 0; i < kSegment * kRegs; i++) results[i / kRegs][i % kRegs] = load_reg(result + i * kRegLanes<A>);
-  pass_columns<A, kRegs, kSegment, kTaps, 0>(results, value, channel, start, step, weight);
+  pass_columns<A, kRegs, kSegment, kTaps, 0>(results, entries, start, weight);
 #pragma GCC unroll 32
   for (int i = 0; i < kSegment * kRegs; i++) store_reg(result + i * kRegLanes<A>, results[i / kRegs][i % kRegs]);
 }

@@ -18,10 +18,6 @@ inline int64_t even_count(const LinearSupport& w) {
   return uneven ? 0 : count;
 }
 
-template <class T> SPARSEKERN_INLINE void fetch(const T* p, int64_t n) {
-  for (int64_t e = 0; e < n; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + e);
-}
-
 // out (16,) += a * block.
 template <class T> SPARSEKERN_INLINE void add_block(reg<acc_t<T>> a, const T* block, acc_t<T>* out) {
 #pragma GCC unroll 8
@@ -87,6 +83,8 @@ void forward_blocks(const LinearSupport& w, const T* x, const T* weight, const T
   int32_t* index = (int32_t*)scratch(kIndices, size_t(part + kLanes) * 4);
   A* sums = (A*)scratch(kSums, size_t(tile * stride) * sizeof(A));
   const int64_t even = G == kLanes ? even_count(w) : 0;
+  // 1600 -> 1500, density 0.1, 1,024 rows of which an eighth is active: 3.05 ms, without 3.45; 64 rows 1 % more.
+  const bool far = (end - begin) * I * int64_t(sizeof(T)) > 1 << 20;
   for (int64_t s = begin; s < end; s += tile) {
     const int64_t rows = min(end - s, tile);
     for (int64_t r = 0; r < rows; r++)
@@ -98,6 +96,7 @@ void forward_blocks(const LinearSupport& w, const T* x, const T* weight, const T
       for (int64_t r = 0; r < rows; r++) {
         const int64_t active = compress(x + (s + r) * I + i, min(I - i, part), value, index);
         A* sum = sums + r * stride;
+        if (far && r + 1 < rows) fetch(x + (s + r + 1) * I + i, min(I - i, part));
         if (even > 0) add_even_blocks(inputs, weight, even, value, index, active, sum, room);
         else if (G == kLanes) add_blocks<kLanes>(inputs, weight, value, index, active, sum);
         else add_blocks<0>(inputs, weight, value, index, active, sum);
@@ -179,16 +178,16 @@ void grad_input_blocks(const LinearSupport& w, const T* grad_y, const T* x, cons
 
 // sums (kVectors * 16,) += the listed rows of grad_y at the given outputs, whole vectors of them, weighted.
 template <int kVectors, class T>
-SPARSEKERN_INLINE void add_samples(const T* grad_y, int64_t O, const int64_t* outputs, const acc_t<T>* value,
-                                   const int32_t* sample, int32_t count, acc_t<T>* sums) {
+SPARSEKERN_INLINE void add_samples(const T* grad_y, int64_t O, const int64_t* outputs, const Entry<acc_t<T>>* entries,
+                                   int32_t count, acc_t<T>* sums) {
   using A = acc_t<T>;
   constexpr int kRegs = kLanes / kRegLanes<A>;
   reg<A> sum[kVectors * kRegs];
 #pragma GCC unroll 8
   for (int r = 0; r < kVectors * kRegs; r++) sum[r] = load_reg(sums + r * kRegLanes<A>);
   for (int32_t p = 0; p < count; p++) {
-    const T* row = grad_y + sample[p] * O;
-    const reg<A> a = value[p] - reg<A>{};
+    reg<A> a;
+    const T* row = grad_y + read_entry(entries[p], a) * O;
 #pragma GCC unroll 8
     for (int r = 0; r < kVectors * kRegs; r++)
       sum[r] = fma_reg(a, load_reg(row + outputs[r / kRegs] + r % kRegs * kRegLanes<A>), sum[r]);
@@ -199,10 +198,11 @@ SPARSEKERN_INLINE void add_samples(const T* grad_y, int64_t O, const int64_t* ou
 
 // The same for one vector of outputs that reaches beyond O, or lies there; sums beyond stay, whatever the values are.
 template <class T>
-void add_last_samples(const T* grad_y, int64_t O, int64_t output, const acc_t<T>* value, const int32_t* sample,
-                      int32_t count, acc_t<T>* sums) {
-  for (int32_t p = 0; p < count && output < O; p++)
-    store_first(sums, fma(splat(value[p]), load_first(grad_y + sample[p] * O + output, O - output), load(sums)), O - output);
+void add_last_samples(const T* grad_y, int64_t O, int64_t output, const Entry<acc_t<T>>* entries, int32_t count,
+                      acc_t<T>* sums) {
+  for (const auto* entry = entries; entry < entries + count && output < O; entry++)
+    store_first(sums, fma(splat(entry->value), load_first(grad_y + entry->place * O + output, O - output), load(sums)),
+                O - output);
 }
 
 // The same of one row: each block is an input times its outputs' gradients.
@@ -242,7 +242,8 @@ void grad_weight_blocks(const LinearSupport& w, const T* grad_y, const T* x, T* 
       const int64_t samples = B - s < kSamplesAtOnce ? B - s : kSamplesAtOnce;
       fill_transposed_lists(x + s * I + i, I, inputs, samples, 1, lists);
       for (int64_t k = 0; k < inputs; k++) {
-        const int32_t p = lists.start[k], n = lists.end[k] - p;
+        const Entry<A>* entries = lists.entries + lists.start[k];
+        const int32_t n = lists.end[k] - lists.start[k];
         if (n == 0) continue;
         const int64_t last = (w.ccol[i + k + 1] - first) * vectors;
         const auto output = [&](int64_t v) {
@@ -254,14 +255,14 @@ void grad_weight_blocks(const LinearSupport& w, const T* grad_y, const T* x, T* 
         for (; v + kTogether <= whole; v += kTogether) {
           int64_t o[kTogether];
           for (int64_t u = 0; u < kTogether; u++) o[u] = output(v + u);
-          add_samples<kTogether>(grad_y + s * O, O, o, lists.value + p, lists.offset + p, n, sums + v * kLanes);
+          add_samples<kTogether>(grad_y + s * O, O, o, entries, n, sums + v * kLanes);
         }
         for (; v < whole; v++) {
           const int64_t o = output(v);
-          add_samples<1>(grad_y + s * O, O, &o, lists.value + p, lists.offset + p, n, sums + v * kLanes);
+          add_samples<1>(grad_y + s * O, O, &o, entries, n, sums + v * kLanes);
         }
         for (; v < last; v++)
-          add_last_samples(grad_y + s * O, O, output(v), lists.value + p, lists.offset + p, n, sums + v * kLanes);
+          add_last_samples(grad_y + s * O, O, output(v), entries, n, sums + v * kLanes);
       }
     }
     for (int64_t v = 0; v < count; v++) store(grad + first * G + v * kLanes, load(sums + v * kLanes));

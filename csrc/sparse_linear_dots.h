@@ -8,13 +8,13 @@ namespace {
 
 constexpr int64_t kDotStep = 32; // outputs: two registers of float at most, whose sums hide an addition's latency
 
-// out[k] = row . grad_y row sample[k], both (length,), a multiple of kDotStep. The order of a sum is the same for any
+// out[k] = row . grad_y row entry[k].place, both (length,), a multiple of kDotStep. The order of a sum is the same for any
 // kSamples.
 template <int kSamples, class A>
-SPARSEKERN_INLINE void dots(const A* row, const A* grad_y, int64_t length, const int32_t* sample, A* out) {
+SPARSEKERN_INLINE void dots(const A* row, const A* grad_y, int64_t length, const Entry<A>* entry, A* out) {
   reg<A> even[kSamples] = {}, odd[kSamples] = {};
   const A* at[kSamples];
-  for (int k = 0; k < kSamples; k++) at[k] = grad_y + sample[k] * length;
+  for (int k = 0; k < kSamples; k++) at[k] = grad_y + entry[k].place * length;
   for (int64_t c = 0; c < length; c += 2 * kRegLanes<A>) {
     const reg<A> w0 = load_reg(row + c), w1 = load_reg(row + c + kRegLanes<A>);
 #pragma GCC unroll 4
@@ -63,10 +63,10 @@ void grad_input_dots(const LinearSupport& w, const T* grad_y, const T* x, const 
         }
         T* to = grad_x + s * I + i + k;
         A out[4];
-        const auto put = [&](const int32_t* sample, int count) {
-          for (int n = 0; n < count; n++) from_acc(out[n], to[sample[n] * I]);
+        const auto put = [&](const Entry<A>* entry, int count) {
+          for (int n = 0; n < count; n++) from_acc(out[n], to[entry[n].place * I]);
         };
-        const int32_t *p = lists.offset + lists.start[k], *until = lists.offset + lists.end[k];
+        const Entry<A> *p = lists.entries + lists.start[k], *until = lists.entries + lists.end[k];
         for (; p + 4 <= until; p += 4) dots<4>(row, gy, length, p, out), put(p, 4);
         if (p + 2 <= until) dots<2>(row, gy, length, p, out), put(p, 2), p += 2;
         if (p < until) dots<1>(row, gy, length, p, out), put(p, 1);

@@ -1,6 +1,5 @@
 // Sparse rows times a dense matrix whose tiles of kPanel columns stay in the first-level cache.
 #pragma once
-#include "reg.h"
 #include "sparse_linear.h"
 #include "sparse_linear_bits.h"
 #include "sparse_linear_rows.h"
@@ -43,8 +42,8 @@ void add_panel(RowLists<A> lists, int64_t rows, const A* tile, A* sums, int64_t 
 #pragma GCC unroll 8
     for (int i = 0; i < kAll; i++) sum[i] = load_reg(sums + s * stride + panel_reg<A>(i, step));
     for (; p < end; p++) {
-      const reg<A> a = lists.value[p] - reg<A>{};
-      const A* row = tile + lists.offset[p];
+      reg<A> a;
+      const A* row = tile + read_entry(lists.entries[p], a);
 #pragma GCC unroll 8
       for (int i = 0; i < kAll; i++) sum[i] = fma_reg(a, load_reg(row + panel_reg<A>(i)), sum[i]);
     }
@@ -113,7 +112,7 @@ void multiply_rows(const T* x, int64_t K, int64_t rows, int64_t columns, bool al
     const int64_t count = min(kDepth, K - first);
     tiles.begin(first, count);
     if (all) load_rows(x + first, K, rows, count, part, kDepth);
-    else fill_lists(x + first, K, rows, count, int32_t(kPanel), lists);
+    else fill_lists(x + first, K, rows, count, kPanel, lists);
     const int64_t together = all ? 1 : panels_together<A>();
     for (int64_t c = 0; c * kPanel < columns; c += together) {
       const int64_t width = min(columns - c * kPanel, together * kPanel);
@@ -269,7 +268,7 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
   for (int64_t i = begin; i < end; i += kInputs) {
     const int64_t inputs = min(kInputs, end - i);
     for (int64_t k = 0; k < inputs; k += 64)
-      fill_transposed_lists(x + i + k, w.inputs, min(64, inputs - k), B, int32_t(kPanel), lists, k);
+      fill_transposed_lists(x + i + k, w.inputs, min(64, inputs - k), B, kPanel, lists, k);
     for (int64_t k = 0; k < inputs; k++) next[k] = w.ccol[i + k];
     const auto add = [&]<int kPanels>(int64_t c) {
       constexpr int kAll = kPanels * kPanelRegs<A>, kAtOnce = min(kAll, kMaxSums);
@@ -279,8 +278,8 @@ void grad_weight_tile(const LinearSupport& w, const acc_t<T>* tile, const T* x, 
         const int32_t stop = lists.end[k];
         for (int part = 0; part < kAll; part += kAtOnce)
           for (int32_t p = lists.start[k]; p < stop; p++) {
-            const reg<A> a = lists.value[p] - reg<A>{};
-            const A* row = panel + lists.offset[p];
+            reg<A> a;
+            const A* row = panel + read_entry(lists.entries[p], a);
 #pragma GCC unroll 8
             for (int i = part; i < part + kAtOnce; i++) sum[i] = fma_reg(a, load_reg(row + panel_reg<A>(i)), sum[i]);
           }
@@ -375,7 +374,7 @@ void grad_weight_panels(const LinearSupport& w, const acc_t<T>* tiles, const T* 
     std::memset(sums, 0, size_t(rows * stride) * sizeof(A));
     for (int64_t s = 0, t = 0; s < B; s += kTileRows<A>, t++) {
       const int64_t count = B - s < kTileRows<A> ? B - s : kTileRows<A>;
-      fill_transposed_lists(x + s * w.inputs + i, w.inputs, rows, count, int32_t(kPanel), lists);
+      fill_transposed_lists(x + s * w.inputs + i, w.inputs, rows, count, kPanel, lists);
       for (int64_t c = 0; c < O; c += together * kPanel)
         add_panels(lists, rows, min(O - c, together * kPanel), tiles + t * size + tile_column<A>(c), sums + c, stride, kPanel);
     }

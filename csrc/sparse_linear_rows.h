@@ -1,13 +1,18 @@
 // Sparse rows: the non-zeros of a row of activations or gradients as values and indices.
 #pragma once
-#include "vec.h"
+#include "entries.h"
 
 namespace sparsekern {
 namespace {
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum Slot { kValues, kIndices, kSums, kSamples, kTiles, kLists, kTail, kShared };
+
+template <class T> SPARSEKERN_INLINE void fetch(const T* p, int64_t n) {
+  for (int64_t e = 0; e < n; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + e);
+}
 
 // value and index of the non-zeros of x (n,), ascending; returns how many. Both need room for n + 16: whole registers
 // are stored.
@@ -47,9 +52,8 @@ template <class T> int64_t count(const T* x, int64_t n) {
 // The non-zeros of `rows` rows within one range of columns. To visit the rows by rising count, so that the branches of
 // loops over them are foreseen, cost more than it saved: the rows' sums then no longer stream from the second-level cache.
 template <class A> struct RowLists {
-  A* value;
-  int32_t* offset; // of the column's row in a tile of weights
-  int32_t *start, *end; // (rows,): each row's part of the lists
+  Entry<A>* entries; // places: of the column's row in a tile of weights
+  int32_t *start, *end; // (rows,): each row's entries
 };
 
 constexpr int64_t kMaxColumns = 128;
@@ -57,41 +61,38 @@ constexpr int64_t kMaxColumns = 128;
 // Room for `rows` rows of at most `columns` non-zeros.
 template <class A> RowLists<A> allocate_lists(int slot, int64_t rows, int64_t columns) {
   const size_t room = size_t(rows * columns + kLanes);
-  char* memory = (char*)scratch(slot, room * (sizeof(A) + 4) + size_t(rows) * 8);
   RowLists<A> lists;
-  lists.value = (A*)memory;
-  lists.offset = (int32_t*)(lists.value + room);
-  lists.start = lists.offset + room;
+  lists.entries = (Entry<A>*)scratch(slot, room * sizeof(Entry<A>) + size_t(rows) * 8);
+  lists.start = (int32_t*)(lists.entries + room);
   lists.end = lists.start + rows;
   return lists;
 }
 
 // Of x (rows, columns; stride); column c is tile row c of `width` elements.
 template <class T>
-void fill_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int32_t width, RowLists<acc_t<T>> lists) {
+void fill_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t width, RowLists<acc_t<T>> lists) {
   int32_t filled = 0;
   for (int64_t s = 0; s < rows; s++) {
     lists.start[s] = filled;
-    filled += int32_t(compress(x + s * stride, columns, lists.value + filled, lists.offset + filled));
+    fetch(x + min(s + 8, rows - 1) * stride, columns); // 1600 -> 1000, density 0.4: 1,024 rows take a twentieth less
+    for (int64_t c = 0; c < columns; c += kLanes)
+      filled += list_nonzeros(x + s * stride + c, min(columns - c, kLanes), c, width, lists.entries + filled);
     lists.end[s] = filled;
   }
-  for (int32_t p = 0; p < filled; p++) lists.offset[p] *= width;
 }
 
 // Of the transpose of x (columns, rows; stride): row first + r of the lists is column r of x. rows is at most 64.
 template <class T>
-void fill_transposed_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int32_t width,
+void fill_transposed_lists(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t width,
                            RowLists<acc_t<T>> lists, int64_t first = 0) {
-  acc_t<T> value[64 + kLanes];
+  using A = acc_t<T>;
+  A value[64 + kLanes];
   int32_t index[64 + kLanes];
   for (int64_t r = first; r < first + rows; r++) lists.start[r] = lists.end[r] = int32_t(r * columns);
   for (int64_t c = 0; c < columns; c++) {
     const int64_t count = compress(x + c * stride, rows, value, index);
-    for (int64_t p = 0; p < count; p++) {
-      const int32_t at = lists.end[first + index[p]]++;
-      lists.value[at] = value[p];
-      lists.offset[at] = int32_t(c) * width;
-    }
+    for (int64_t p = 0; p < count; p++)
+      lists.entries[lists.end[first + index[p]]++] = {value[p], typename Entry<A>::Place(c * width)};
   }
 }
 
