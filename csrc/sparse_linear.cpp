@@ -234,7 +234,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   const LinearGroups groups = groups_of(w, rows.size(0), support_plan);
   LinearWork work{Pass::forward, dtype, B, w, rows.size(0), plan.cells || groups.starts, has_pairs(dtype)};
   work.rows_active = work.panels_active = estimate_active(dtype, x);
-  const Way way = fastest_way(work);
+  const Way way = fastest_way(work).way;
   if (way == Way::dense) return dense_linear(work, x, weight, bias);
   Tensor y = empty(x.scalar_type(), {B, out_features});
   if (way == Way::lanes) {
@@ -272,7 +272,7 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
 
 Tensor grad_input(const LinearWork& work, const LinearGroups& groups, const Tensor& grad_y, const Tensor& x,
                   const Tensor& weight) {
-  const Way way = fastest_way(work);
+  const Way way = fastest_way(work).way;
   if (way == Way::dense) return dense_grad_input(work, grad_y, x, weight);
   const LinearSupport& w = work.support;
   const int64_t B = work.B;
@@ -305,8 +305,20 @@ Tensor grad_input(const LinearWork& work, const LinearGroups& groups, const Tens
   return grad_x;
 }
 
+// grad_y as tiles, in memory of the calling thread.
+const void* tiles_of(const LinearWork& work, const Tensor& grad_y) {
+  const int64_t O = work.support.outputs;
+  int64_t bytes;
+  const int64_t tiles = kernels().tiles(work.dtype, work.B, O, &bytes);
+  void* memory = scratch(7, size_t(bytes));
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), work.B, O, memory, begin, end);
+  });
+  return memory;
+}
+
 void grad_weight(const LinearWork& work, const LinearGroups& groups, const Tensor& grad_y, const Tensor& x, Tensor& grad) {
-  const Way way = fastest_way(work);
+  const Way way = fastest_way(work).way;
   if (way == Way::dense) return dense_grad_weight(work, grad_y, x, grad);
   const LinearSupport& w = work.support;
   const int64_t B = work.B, I = w.inputs;
@@ -335,12 +347,7 @@ void grad_weight(const LinearWork& work, const LinearGroups& groups, const Tenso
     return;
   }
   if (way == Way::panels || way == Way::tiles) {
-    int64_t bytes;
-    const int64_t tiles = kernels().tiles(work.dtype, B, w.outputs, &bytes);
-    void* memory = scratch(7, size_t(bytes));
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), B, w.outputs, memory, begin, end);
-    });
+    const void* memory = tiles_of(work, grad_y);
     parallel_stretches(I, 64, [&](int64_t begin, int64_t end) {
       kernels().grad_weight_panels(work.dtype, w, memory, x.const_data_ptr(), way == Way::tiles, grad.mutable_data_ptr(), B,
                                    begin, end);
@@ -350,6 +357,17 @@ void grad_weight(const LinearWork& work, const LinearGroups& groups, const Tenso
   parallel_stretches(I, grain(I, B * grad.numel() / 8), [&](int64_t begin, int64_t end) {
     kernels().grad_weight(work.dtype, w, grad_y.const_data_ptr(), x.const_data_ptr(), grad.mutable_data_ptr(), B, begin,
                           end);
+  });
+}
+
+// G a multiple of 16; grad_x at the non-zeros of x.
+void both_gradients(const LinearWork& work, const Tensor& grad_y, const Tensor& x, const Tensor& weight, Tensor& grad_x,
+                    Tensor& grad) {
+  const int64_t I = work.support.inputs;
+  const void* tiles = tiles_of(work, grad_y);
+  parallel_stretches(I, grain(I, work.B * grad.numel() / 4), [&](int64_t begin, int64_t end) {
+    kernels().both_gradients(work.dtype, work.support, tiles, x.const_data_ptr(), weight.const_data_ptr(),
+                             grad_x.mutable_data_ptr(), grad.mutable_data_ptr(), work.B, begin, end);
   });
 }
 
@@ -374,20 +392,21 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
   const bool has_groups = groups.starts != nullptr;
   const auto none = [&] { return empty(x.scalar_type(), {0}); };
   const double in_x = want_weight || (want_input && at_nonzeros) ? estimate_active(dtype, x) : 1;
-  const auto of_input = [&] {
-    LinearWork work{Pass::grad_input, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype), at_nonzeros};
-    if (at_nonzeros) work.rows_active = in_x;
-    if (has_panels(work)) work.panels_active = estimate_active(dtype, grad_y);
-    return grad_input(work, groups, grad_y, x, weight);
-  };
-  const auto of_weight = [&] {
-    LinearWork work{Pass::grad_weight, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype)};
-    work.rows_active = work.panels_active = in_x;
-    Tensor grad = empty(x.scalar_type(), {weight.size(0), weight.size(1)});
-    grad_weight(work, groups, grad_y, x, grad);
-    return grad;
-  };
-  return {want_input ? of_input() : none(), want_weight ? of_weight() : none(), want_bias ? grad_bias(grad_y) : none()};
+  LinearWork of_input{Pass::grad_input, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype), at_nonzeros};
+  if (at_nonzeros) of_input.rows_active = in_x;
+  if (want_input && has_panels(of_input)) of_input.panels_active = estimate_active(dtype, grad_y);
+  LinearWork of_weight{Pass::grad_weight, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype)};
+  of_weight.rows_active = of_weight.panels_active = in_x;
+  Tensor grad_x = none(), grad = none();
+  if (want_weight) grad = empty(x.scalar_type(), {weight.size(0), weight.size(1)});
+  if (want_input && want_weight && both_pay(of_input, of_weight)) {
+    grad_x = empty(x.scalar_type(), {B, w.inputs});
+    both_gradients(of_input, grad_y, x, weight, grad_x, grad);
+  } else {
+    if (want_input) grad_x = grad_input(of_input, groups, grad_y, x, weight);
+    if (want_weight) grad_weight(of_weight, groups, grad_y, x, grad);
+  }
+  return {grad_x, grad, want_bias ? grad_bias(grad_y) : none()};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {

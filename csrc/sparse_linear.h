@@ -86,6 +86,10 @@ struct SparseLinearKernels {
   void (*tile_rows)(DType, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
   void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, bool all, void* grad_weight,
                              int64_t B, int64_t begin, int64_t end); // all: by a bitmap, or G a multiple of 16
+  // From these tiles both gradients, G a multiple of 16: columns [begin, end) of grad_x, zero where x is zero, and the blocks of
+  // these inputs of grad_weight.
+  void (*both_gradients)(DType, const LinearSupport&, const void* tiles, const void* x, const void* weight, void* grad_x,
+                         void* grad_weight, int64_t B, int64_t begin, int64_t end);
   // Non-zeros among n < 2^31 elements.
   int64_t (*count)(DType, const void* x, int64_t n);
   // Lays the weights of inputs [begin, end) and outputs [first, last) out as a dense matrix (end - begin, last - first),

@@ -2,6 +2,7 @@
 
 #include "sparse_linear_blocks.h"
 #include "sparse_linear_dots.h"
+#include "sparse_linear_gradients.h"
 #include "sparse_linear_groups.h"
 #include "sparse_linear_lanes.h"
 #include "sparse_linear_layout.h"
@@ -305,6 +306,14 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
            int64_t begin, int64_t end) {
           dispatch(dtype, [&]<class T>() {
             grad_weight_panels<T>(w, (const acc_t<T>*)tiles, (const T*)x, all, (T*)grad, B, begin, end);
+          });
+        },
+    .both_gradients =
+        [](DType dtype, const LinearSupport& w, const void* tiles, const void* x, const void* weight, void* grad_x,
+           void* grad_weight, int64_t B, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() {
+            both_gradients<T>(w, (const acc_t<T>*)tiles, (const T*)x, (const T*)weight, (T*)grad_x, (T*)grad_weight, B, begin,
+                              end);
           });
         },
     .count =

@@ -477,10 +477,13 @@ def test_a_layer_of_small_groups(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("B", [1, 2, 70])
-def test_lanes_that_no_output_uses_get_no_gradient_from_infinite_inputs(B, dtype):
-    layer = sk.SparseLinear(40, 20, density=0.5, group_size=16, dtype=dtype)
-    x = torch.randn(B, 40, dtype=dtype)
-    x[0, 3] = torch.inf
-    layer(x).sum().backward()
+@pytest.mark.parametrize("B", [1, 2, 70, 130])
+@pytest.mark.parametrize("sparse_input_grad", [False, True])
+def test_lanes_that_no_output_uses_get_no_gradient_from_infinite_inputs(B, dtype, sparse_input_grad):
+    layer = sk.SparseLinear(40, 20, density=0.5, group_size=16, sparse_input_grad=sparse_input_grad, dtype=dtype)
+    x = torch.randn(B, 40, dtype=dtype).relu()
+    x[0] = torch.inf
+    layer(x.requires_grad_()).sum().backward()
     assert (layer.weight.grad[layer.row_indices == 1, 4:] == 0).all()
+    assert layer.weight.grad[layer.row_indices == 1, :4].isinf().any()
+    assert x.grad.isfinite().all()

@@ -256,6 +256,16 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
     compare(c, all ? "grad_weight_panels of all" : "grad_weight_panels", got, grad);
   }
 
+  if (G % 16 == 0 && B > 0) {
+    Array both(c.dtype, size_t(B * I));
+    got = Array(c.dtype, blocks * size_t(G));
+    for (int side = 0; side < 2; side++)
+      kernels.both_gradients(c.dtype, w, memory, x.data(), weight.data(), both.data(), got.data(), B, side ? I / 3 : 0,
+                             side ? I : I / 3);
+    compare(c, "both_gradients: input", both, at_nonzeros);
+    compare(c, "both_gradients: weight", got, grad);
+  }
+
   if (by_groups) {
     const int64_t parts = (B + kLinearGroupSamples - 1) / kLinearGroupSamples;
     const size_t size = size_t(parts * kLinearGroupSamples * I) * (c.dtype == DType::f64 ? 8 : 4);
