@@ -308,11 +308,9 @@ Tensor grad_input(const LinearWork& work, const LinearGroups& groups, const Tens
 // grad_y as tiles, in memory of the calling thread.
 const void* tiles_of(const LinearWork& work, const Tensor& grad_y) {
   const int64_t O = work.support.outputs;
-  int64_t bytes;
-  const int64_t tiles = kernels().tiles(work.dtype, work.B, O, &bytes);
-  void* memory = scratch(7, size_t(bytes));
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), work.B, O, memory, begin, end);
+  void* memory = scratch(7, kernels().tiles_bytes(work.dtype, work.B, O));
+  torch::stable::parallel_for(0, work.B, grain(work.B, 4 * work.B * O), [&](int64_t begin, int64_t end) {
+    kernels().tile_rows(work.dtype, grad_y.const_data_ptr(), O, memory, begin, end);
   });
   return memory;
 }

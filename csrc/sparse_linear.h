@@ -80,10 +80,10 @@ struct SparseLinearKernels {
   void (*pair_rows)(const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
   void (*grad_weight_pairs)(const LinearSupport&, const void* tiles, const void* x, void* grad_weight, int64_t B,
                             int64_t begin, int64_t end);
-  // grad_y (B, O) as tiles [begin, end) of kLinearPanel columns, in the accumulator type; how many there are and their
-  // bytes, which depend on B and O alone.
-  int64_t (*tiles)(DType, int64_t B, int64_t O, int64_t* bytes);
-  void (*tile_rows)(DType, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end);
+  // Rows [begin, end) of grad_y (B, O) as tiles of kLinearPanel columns, in the accumulator type, and the bytes that they take,
+  // which depend on B and O alone.
+  size_t (*tiles_bytes)(DType, int64_t B, int64_t O);
+  void (*tile_rows)(DType, const void* grad_y, int64_t O, void* tiles, int64_t begin, int64_t end);
   void (*grad_weight_panels)(DType, const LinearSupport&, const void* tiles, const void* x, bool all, void* grad_weight,
                              int64_t B, int64_t begin, int64_t end); // all: by a bitmap, or G a multiple of 16
   // From these tiles both gradients, G a multiple of 16: columns [begin, end) of grad_x, zero where x is zero, and the blocks of

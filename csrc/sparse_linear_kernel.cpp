@@ -287,19 +287,18 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
         [](const LinearSupport& w, const void* tiles, const void* x, void* grad, int64_t B, int64_t begin, int64_t end) {
           grad_weight_pairs(w, (const uint32_t*)tiles, (const bf16*)x, (bf16*)grad, B, begin, end);
         },
-    .tiles =
-        [](DType dtype, int64_t B, int64_t O, int64_t* bytes) {
-          int64_t count = 0;
+    .tiles_bytes =
+        [](DType dtype, int64_t B, int64_t O) {
+          size_t bytes = 0;
           dispatch(dtype, [&]<class T>() {
             using A = acc_t<T>;
-            count = round_up(B, kTileRows<A>) / kTileRows<A>;
-            *bytes = count * kTileRows<A> * round_up(O, kPanel) * int64_t(sizeof(A));
+            bytes = size_t(round_up(B, kTileRows<A>) * round_up(O, kPanel)) * sizeof(A);
           });
-          return count;
+          return bytes;
         },
     .tile_rows =
-        [](DType dtype, const void* grad_y, int64_t B, int64_t O, void* tiles, int64_t begin, int64_t end) {
-          dispatch(dtype, [&]<class T>() { tile_rows<T>((const T*)grad_y, B, O, (acc_t<T>*)tiles, begin, end); });
+        [](DType dtype, const void* grad_y, int64_t O, void* tiles, int64_t begin, int64_t end) {
+          dispatch(dtype, [&]<class T>() { tile_rows<T>((const T*)grad_y, O, (acc_t<T>*)tiles, begin, end); });
         },
     .grad_weight_panels =
         [](DType dtype, const LinearSupport& w, const void* tiles, const void* x, bool all, void* grad, int64_t B,

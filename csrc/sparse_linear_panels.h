@@ -225,17 +225,16 @@ void forward_panels(const LinearSupport& w, const T* x, const T* weight, const T
   });
 }
 
-// grad_y (B, O) as tiles: (ceil(B / kTileRows), panels, kTileRows, kPanel), zeros beyond B and O. Tiles [begin, end).
+// Rows [begin, end) of grad_y (B, O) as tiles: (ceil(B / kTileRows), panels, kTileRows, kPanel), zeros beyond O.
 template <class T>
-void tile_rows(const T* grad_y, int64_t B, int64_t O, acc_t<T>* tiles, int64_t begin, int64_t end) {
+void tile_rows(const T* grad_y, int64_t O, acc_t<T>* tiles, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const int64_t size = round_up(O, kPanel) * kTileRows<A>;
-  for (int64_t t = begin; t < end; t++)
-    for (int64_t r = 0, s = t * kTileRows<A>; r < kTileRows<A> && s < B; r++, s++) {
-      A* row = tiles + t * size + r * kPanel;
-      for (int64_t c = 0; c < round_up(O, kPanel); c += kLanes)
-        store(row + tile_column<A>(c), c < O ? load_first(grad_y + s * O + c, O - c) : vec<A>{});
-    }
+  const int64_t columns = round_up(O, kPanel);
+  for (int64_t s = begin; s < end; s++) {
+    A* row = tiles + s / kTileRows<A> * kTileRows<A> * columns + s % kTileRows<A> * kPanel;
+    for (int64_t c = 0; c < columns; c += kLanes)
+      store(row + tile_column<A>(c), c < O ? load_first(grad_y + s * O + c, O - c) : vec<A>{});
+  }
 }
 
 // The stored weights among 64 outputs of an input, from their sums: whole vectors are written where that stays within the

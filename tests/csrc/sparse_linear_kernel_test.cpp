@@ -242,11 +242,11 @@ void check(const SparseLinearKernels& kernels, const Case& c, std::mt19937& rand
   kernels.grad_weight(c.dtype, w, grad_y.data(), x.data(), got.data(), B, I / 3, I);
   kernels.grad_weight(c.dtype, w, grad_y.data(), x.data(), got.data(), B, 0, I / 3);
   compare(c, "grad_weight", got, grad);
-  int64_t bytes;
-  const int64_t tiles = kernels.tiles(c.dtype, B, O, &bytes);
-  void* memory = scratch(7, size_t(bytes));
-  if (bytes > 0) std::memset(memory, 0xff, size_t(bytes));
-  kernels.tile_rows(c.dtype, grad_y.data(), B, O, memory, 0, tiles);
+  const size_t bytes = kernels.tiles_bytes(c.dtype, B, O);
+  void* memory = scratch(7, bytes);
+  if (bytes > 0) std::memset(memory, 0xff, bytes);
+  kernels.tile_rows(c.dtype, grad_y.data(), O, memory, 0, row);
+  kernels.tile_rows(c.dtype, grad_y.data(), O, memory, row, B);
   for (const bool all : {false, true}) {
     const bool by_bits = c.bits && isa() == Isa::avx512 && c.dtype != DType::f64;
     if (all && (B == 0 || !(G % 16 == 0 || by_bits))) continue;
