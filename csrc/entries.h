@@ -27,6 +27,14 @@ template <class A> SPARSEKERN_INLINE int64_t read_entry(const Entry<A>& entry, r
   return entry.place;
 }
 
+// The registers for weights and the sums of their gradient that stay while entries pass, beside an entry's value, what it
+// meets, and, where the input's gradient is wanted too, its two sums.
+#if defined(__AVX512F__)
+constexpr int most_registers(bool both) { return both ? 28 : 30; }
+#else
+constexpr int most_registers(bool both) { return both ? 12 : 14; }
+#endif
+
 constexpr int kEntrySums = 4; // of the products that an entry's gradient is the sum of: they are added last
 
 // to (kEntrySums,) += the lanes of v, so many of them to each.

@@ -10,13 +10,6 @@
 namespace sparsekern {
 namespace {
 
-// The registers for the weights and the sums of a pass, beside a value, a window's, and two sums where there are weights.
-#if defined(__AVX512F__)
-constexpr int most_registers(bool both) { return both ? 28 : 30; }
-#else
-constexpr int most_registers(bool both) { return both ? 12 : 14; }
-#endif
-
 // How many parts (kernel rows, or panels) a pass takes together, of so many registers each.
 constexpr int most_parts(int regs, bool both) {
   const int fit = most_registers(both) / (both ? 2 * regs : regs);

@@ -395,15 +395,13 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
   if (want_input && has_panels(of_input)) of_input.panels_active = estimate_active(dtype, grad_y);
   LinearWork of_weight{Pass::grad_weight, dtype, B, w, rows.size(0), has_groups, has_pairs(dtype)};
   of_weight.rows_active = of_weight.panels_active = in_x;
-  Tensor grad_x = none(), grad = none();
-  if (want_weight) grad = empty(x.scalar_type(), {weight.size(0), weight.size(1)});
-  if (want_input && want_weight && both_pay(of_input, of_weight)) {
-    grad_x = empty(x.scalar_type(), {B, w.inputs});
-    both_gradients(of_input, grad_y, x, weight, grad_x, grad);
-  } else {
-    if (want_input) grad_x = grad_input(of_input, groups, grad_y, x, weight);
-    if (want_weight) grad_weight(of_weight, groups, grad_y, x, grad);
-  }
+  const bool both = want_input && want_weight && both_pay(of_input, of_weight);
+  Tensor grad = want_weight ? empty(x.scalar_type(), {weight.size(0), weight.size(1)}) : none();
+  Tensor grad_x = both         ? empty(x.scalar_type(), {B, w.inputs})
+                  : want_input ? grad_input(of_input, groups, grad_y, x, weight)
+                               : none();
+  if (both) both_gradients(of_input, grad_y, x, weight, grad_x, grad);
+  else if (want_weight) grad_weight(of_weight, groups, grad_y, x, grad);
   return {grad_x, grad, want_bias ? grad_bias(grad_y) : none()};
 }
 

@@ -7,14 +7,8 @@
 namespace sparsekern {
 namespace {
 
-// The registers for the weights and the sums of their gradient, beside a value, what it meets, and two sums.
-#if defined(__AVX512F__)
-constexpr int kPairRegisters = 28;
-#else
-constexpr int kPairRegisters = 12;
-#endif
 // Vectors of sixteen outputs that are taken together.
-template <class A> constexpr int kMostVectors = (int)max(1, kPairRegisters / 2 / (kLanes / kRegLanes<A>));
+template <class A> constexpr int kMostVectors = (int)max(1, most_registers(true) / 2 / (kLanes / kRegLanes<A>));
 
 // Vectors of one input's blocks, and its entries: gradient += value * grad_y, and sums += weight * grad_y, whose tile holds
 // vector v at place[v]. In the first tile the gradient is new.
