@@ -353,9 +353,7 @@ def test_one_sample_in_each_lane(threads, B, I, O, dtype):
             tensors["bias"] = torch.randn(O).to(dtype)
         bits = pack_support(*indices, O, 1)
         plan = plan_support(*indices, O, bits)
-        function = functools.partial(
-            bound(sparse_linear_prepared, indices, O, False), support_bits=bits, support_plan=plan
-        )
+        function = functools.partial(sparse_linear_prepared, others=(*indices, O, False, bits, plan))
         reference = bound(sk.reference.sparse_linear, indices, O, False)
         if not biased:
             function, reference = (functools.partial(f, bias=None) for f in (function, reference))
@@ -412,9 +410,7 @@ def test_by_groups(threads, B, I, O, G, dtype):
             "bias": torch.randn(O).to(dtype),
         }
         plan = plan_groups(*indices, -(-O // G))
-        function = functools.partial(
-            bound(sparse_linear_prepared, indices, O, at_nonzeros), support_bits=None, support_plan=plan
-        )
+        function = functools.partial(sparse_linear_prepared, others=(*indices, O, at_nonzeros, None, plan))
         reference = bound(sk.reference.sparse_linear, indices, O, at_nonzeros)
         compare(function, reference, tensors, torch.randn(B, O).to(dtype), f"{density=} {mask.__name__} {at_nonzeros=}")
         results = []
@@ -436,7 +432,7 @@ def test_weights_of_outputs_that_do_not_exist_count_nowhere():
     x = torch.full((B, I), torch.inf).requires_grad_()
     grad_y = torch.ones(B, O)
     plan = plan_groups(ccol, rows, 2)
-    y = sparse_linear_prepared(x, weight.requires_grad_(), ccol, rows, O, None, False, None, plan)
+    y = sparse_linear_prepared(x, weight.requires_grad_(), None, (ccol, rows, O, False, None, plan))
     grad_x, grad = torch.autograd.grad(y, (x, weight), grad_y)
     assert grad_x.isfinite().all()
     assert (grad[rows == 1, O - G :] == 0).all()

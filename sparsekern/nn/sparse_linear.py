@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
@@ -15,20 +15,20 @@ from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, s
 from sparsekern.nn.parameters import freeze_as, whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_linear import (
-    forward_op,
     has_values,
     pack_support,
     plan_groups,
     plan_support,
+    sparse_linear_eager,
     sparse_linear_prepared,
-    sparse_linear_rows,
     split_groups,
     support_problem,
 )
 from sparsekern.ops.sparse_linear_reference import compress, densify
 
 
-class PackedSupport(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PackedSupport:
     """What the kernels want of a support, prepared once. No buffers: DDP would send those of rank 0 to the others."""
 
     made_of: Tensor | None = None  # row_indices
@@ -179,38 +179,31 @@ class SparseLinear(nn.Module):
         # What is looked up, called and checked here takes as long as the sums of a small layer. Module.__getattr__ is the
         # slowest of all; a parametrized weight is no parameter.
         parameters, buffers = self._parameters, self._buffers
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401 (it would look up both)
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        ccol, rows, out_features = buffers["ccol_indices"], buffers["row_indices"], self.out_features
-        bits = plan = None
-        packed = self._packed
-        plain = isinstance(x, Tensor) and x.is_cpu and weight.is_cpu and x.dim() == 2
-        if is_compiling():
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
+        ccol, rows, packed = buffers["ccol_indices"], buffers["row_indices"], self._packed
+        traced, transformed = is_compiling(), are_transforms_active()
+        if traced:
             fits = _fits_traced(packed, rows)
-            plain = (
-                plain and x.dtype is weight.dtype and x.shape[1] == self.in_features and not is_autocast_enabled("cpu")
-            )
         else:
             fits = packed.made_of is rows and (packed.version is None or packed.version == rows._version)
-            if not fits and not are_transforms_active():  # under which rows may be one of many supports
+            if not fits and not transformed:  # under transforms rows may be one of many supports
                 self._pack_support()
                 packed, fits = self._packed, True
-            plain = plain and not is_any_autocast_enabled()
-        if fits:
-            bits, plan = packed.bits, packed.plan
-            if packed.row_indices is not None:
-                ccol, rows = packed.ccol_indices, packed.row_indices
-        if plain:
+        if not fits:
+            packed = PackedSupport()
+        if packed.row_indices is not None:
+            ccol, rows = packed.ccol_indices, packed.row_indices
+        bits, plan = packed.bits, packed.plan
+        others = ccol, rows, self.out_features, self.sparse_input_grad, bits, plan
+        plain = isinstance(x, Tensor) and x.is_cpu and weight.is_cpu and x.dim() == 2
+        if plain and not (traced or transformed or is_any_autocast_enabled()):
             try:  # the op checks shapes and dtypes in a tenth of the time
-                if is_grad_enabled():
-                    return sparse_linear_rows(
-                        x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan
-                    )
-                return forward_op(x, weight, bias, ccol, rows, out_features, bits, plan)
+                return sparse_linear_eager(x, weight, bias, others)
             except RuntimeError:
-                if is_compiling():
-                    raise
-                # What follows says what is wrong.
+                pass  # what follows says what is wrong
         prepared = plan if bits is None else bits
         if prepared is not None:
             if prepared.device != buffers["row_indices"].device:  # moved by FSDP, which keeps tensor and version
@@ -218,7 +211,7 @@ class SparseLinear(nn.Module):
                 return self.forward(x)
             if rows is not buffers["row_indices"]:
                 weight = weight.reshape(-1, 1)
-        return sparse_linear_prepared(x, weight, ccol, rows, out_features, bias, self.sparse_input_grad, bits, plan)
+        return sparse_linear_prepared(x, weight, bias, others)
 
     @property
     def density(self) -> float:

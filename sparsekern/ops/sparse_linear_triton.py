@@ -78,6 +78,7 @@ def sparse_linear(
 ) -> Tensor:
     if _plain(x, weight.numel()):
         return reference.sparse_linear(x, weight, bias, ccol_indices, row_indices, out_features)
+    x = x.contiguous()
     with on_device(x):
         tf32 = tf32_products()
         chosen = forward_way(*x.shape, out_features, *weight.shape, x.dtype)
@@ -111,6 +112,7 @@ def sparse_linear_backward(
         return reference.sparse_linear_backward(
             grad_y, x, weight, ccol_indices, row_indices, at_nonzeros, want_input, want_weight, want_bias
         )
+    grad_y, x = grad_y.contiguous(), x.contiguous()
     grad_x = grad_weight = grad_bias = x.new_empty(0)
     with on_device(x):
         tf32, chosen = tf32_products(), way(*x.shape, grad_y.shape[1], *weight.shape)
