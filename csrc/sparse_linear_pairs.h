@@ -2,6 +2,7 @@
 // pairs (AVX512-BF16): as fast as PyTorch's dense product once the weights are laid out, and these stay in the first-level
 // cache.
 #pragma once
+#include "sparse_linear_layout.h"
 #include "sparse_linear_panels.h"
 #include "transpose.h"
 
@@ -17,27 +18,27 @@ inline bool has_pairs() {
   return has;
 }
 
-constexpr int64_t kPairs = 64;         // of a tile: with kPanel columns 16 KB
+constexpr int64_t kPairs = 128;        // of a tile at most: with kPanel columns 32 KB
 constexpr int64_t kDepth = 2 * kPairs; // rows of the dense matrix in a tile
+constexpr int kDotInputs = 4;          // inputs whose gradients are summed at a time
 
-// The weights of an input at 64 outputs, zeros where none exists: by a bitmap, of blocks of whole sixteens, or where all
-// exist. Words of an input are asked for in ascending order.
+// The weights of an input at 64 outputs, zeros where none exists: of blocks of whole sixteens, or where all exist; to be put
+// by a bitmap too. Words of an input are asked for in ascending order.
 class WeightWords {
  public:
-  // Slots for `slots` inputs at a time, and outputs up to `until`. If not `readable`, weights can only be put.
-  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots, int64_t until, bool readable = true)
-      : w_(w), until_(until), weights_(w, weight, has_bits<bf16>(w) && readable, 32), base_(weight),
-        groups_((w.outputs + w.group - 1) / w.group),
+  // Slots for `slots` inputs at a time, and outputs up to `until`.
+  WeightWords(const LinearSupport& w, const bf16* weight, int64_t slots, int64_t until)
+      : w_(w), until_(until), base_(weight), groups_((w.outputs + w.group - 1) / w.group),
         full_(w.ccol[w.inputs] == w.inputs * groups_), words_(has_bits<bf16>(w) ? 0 : (groups_ * w.group / kLanes + 63) / 64),
         next_((int64_t*)scratch(kSamples, size_t(slots * (1 + words_)) * 8)), sixteens_((uint64_t*)next_ + slots) {}
   // Slot s is input i from a word on.
   void start(int64_t s, int64_t i, int64_t word) {
     next_[s] = full_ ? 0 : has_bits<bf16>(w_) ? weights_before(w_, i, word) : start_blocks(sixteens_ + s * words_, i, word);
   }
-  // Lanes 0 to 31 and 32 to 63 of input i, which slot s is.
+  bool by_bits() const { return has_bits<bf16>(w_) && !full_; }
+  // Lanes 0 to 31 and 32 to 63 of input i, which slot s is; not by bits.
   SPARSEKERN_PAIRS_INLINE void get(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
     if (full_) get_all(i, word, low, high);
-    else if (has_bits<bf16>(w_)) get_by_bits(s, i, word, low, high);
     else get_blocks(s, i, word, low, high);
   }
   // The way back: those of lanes 0 to 31 and 32 to 63 that exist, to grad as the weights are stored.
@@ -64,7 +65,6 @@ class WeightWords {
  private:
   const LinearSupport& w_;
   int64_t until_;
-  const PaddedWeights<bf16> weights_;
   const bf16* base_;
   int64_t groups_;
   bool full_; // stored it is the dense matrix
@@ -79,15 +79,6 @@ class WeightWords {
     __builtin_prefetch(at + 64), __builtin_prefetch(at + 96);
     low = _mm512_maskz_loadu_epi16(__mmask32(mask), at);
     high = _mm512_maskz_loadu_epi16(__mmask32(mask >> 32), at + 32);
-  }
-
-  SPARSEKERN_PAIRS_INLINE void get_by_bits(int64_t s, int64_t i, int64_t word, __m512i& low, __m512i& high) {
-    const uint64_t mask = w_.bits[i * bit_words(w_) + word];
-    const bf16* at = weights_.of_input(i) + next_[s];
-    __builtin_prefetch(at + 64), __builtin_prefetch(&w_.bits[i * bit_words(w_) + word + 8]);
-    low = _mm512_mask_expand_epi16(fresh(), __mmask32(mask), _mm512_loadu_si512(at));
-    high = _mm512_mask_expand_epi16(fresh(), __mmask32(mask >> 32), _mm512_loadu_si512(at + __builtin_popcountll(mask << 32)));
-    next_[s] += __builtin_popcountll(mask);
   }
 
   // The bitmap of an input's blocks from a word on; returns how many weights lie before that.
@@ -153,56 +144,62 @@ inline __m512i lanes_of_high() {
   return _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 }
 
-// Pairs of inputs times outputs: tile (kPairs, kPanel) of two elements, whose columns are ordered as lanes_of_low() says.
-struct InputPairs {
-  WeightWords words;
-  int64_t inputs, first_word, input = 0, count = 0;
+// Lanes 0 to 31 and 32 to 63 of a word's weights, from `at` on; returns how many there are.
+SPARSEKERN_PAIRS_INLINE int64_t spread(uint64_t word, const bf16* at, __m512i& low, __m512i& high) {
+  __builtin_prefetch(at + 64);
+  const __mmask64 mask = _cvtu64_mask64(word);
+  const __m512i rest = _mm512_loadu_si512(at + __builtin_popcountll(word << 32));
+  low = _mm512_mask_expand_epi16(fresh(), __mmask32(mask), _mm512_loadu_si512(at));
+  high = _mm512_mask_expand_epi16(fresh(), __mmask32(_kshiftri_mask64(mask, 32)), rest);
+  return __builtin_popcountll(word);
+}
 
+// Pairs of inputs times outputs: tile (kPairs, kPanel) of two elements, whose columns are ordered as lanes_of_low() says.
+class InputPairs {
+ public:
   InputPairs(const LinearSupport& w, const bf16* weight, int64_t first, int64_t last)
-      : words(w, weight, kDepth, last), inputs(w.inputs), first_word(first / 64) {}
-  void begin(int64_t i, int64_t rows) {
-    input = i, count = rows;
-    for (int64_t r = 0; r < rows; r++) words.start(r, i + r, first_word);
+      : w_(w), words_(w, weight, kDepth, last), weights_(w, weight, words_.by_bits(), 32), first_word_(first / 64) {}
+  // Inputs from i on.
+  void begin(int64_t i, int64_t inputs) {
+    first_ = i, inputs_ = inputs;
+    for (int64_t k = 0; k < inputs; k++)
+      if (words_.by_bits()) next_[k] = weights_.of_input(i + k) + weights_before(w_, i + k, first_word_);
+      else words_.start(k, i + k, first_word_);
   }
   SPARSEKERN_PAIRS void fill(int64_t c, uint32_t* tile) {
-    for (int64_t r = 0; r < count; r += 2, tile += kPanel) {
+    const int64_t word = first_word_ + c;
+    if (words_.by_bits()) return fill_by_bits(w_.bits + first_ * bit_words(w_) + word, bit_words(w_), inputs_, next_, tile);
+    for (int64_t k = 0; k < inputs_; k += 2, tile += kPanel) {
       __m512i a0, a1, b0 = _mm512_setzero_si512(), b1 = b0;
-      words.get(r, input + r, first_word + c, a0, a1);
-      if (r + 1 < count) words.get(r + 1, input + r + 1, first_word + c, b0, b1);
-      _mm512_store_si512(tile, _mm512_unpacklo_epi16(a0, b0));
-      _mm512_store_si512(tile + 16, _mm512_unpackhi_epi16(a0, b0));
-      _mm512_store_si512(tile + 32, _mm512_unpacklo_epi16(a1, b1));
-      _mm512_store_si512(tile + 48, _mm512_unpackhi_epi16(a1, b1));
+      words_.get(k, first_ + k, word, a0, a1);
+      if (k + 1 < inputs_) words_.get(k + 1, first_ + k + 1, word, b0, b1);
+      store_two(tile, a0, a1, b0, b1);
     }
   }
-};
 
-// Pairs of outputs times inputs [first, last): tile (kPairs, kPanel) of two elements.
-struct OutputPairs {
-  WeightWords words;
-  int64_t first, columns, word = 0, count = 0;
+ private:
+  const LinearSupport& w_;
+  WeightWords words_;
+  const PaddedWeights<bf16> weights_;
+  int64_t first_word_, first_ = 0, inputs_ = 0;
+  const bf16* next_[kDepth]; // by a bitmap: each input's next weight
 
-  OutputPairs(const LinearSupport& w, const bf16* weight, int64_t first_, int64_t last)
-      : words(w, weight, last - first_, w.outputs), first(first_), columns(last - first_) {
-    for (int64_t k = 0; k < columns; k++) words.start(k, first + k, 0);
+  // A word of each input, `stride` words apart.
+  static SPARSEKERN_PAIRS void fill_by_bits(const uint64_t* bits, int64_t stride, int64_t inputs, const bf16** next,
+                                            uint32_t* tile) {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < inputs; k += 2, tile += kPanel, bits += 2 * stride) {
+      __m512i a0, a1, b0 = _mm512_setzero_si512(), b1 = b0;
+      next[k] += spread(bits[0], next[k], a0, a1);
+      if (k + 1 < inputs) [[likely]] next[k + 1] += spread(bits[stride], next[k + 1], b0, b1);
+      store_two(tile, a0, a1, b0, b1);
+    }
   }
-  void begin(int64_t o, int64_t rows) { word = o / 64, count = rows; }
-  SPARSEKERN_PAIRS void fill(int64_t c, uint32_t* tile) {
-    for (int64_t k = 0; k < count; k += 64)
-      for (int64_t v = 0; v < kPanel; v += kLanes) {
-        vec<float> low[kLanes], high[kLanes];
-        for (int64_t i = 0; i < kLanes; i++) {
-          const int64_t at = c * kPanel + v + i;
-          __m512i a = _mm512_setzero_si512(), b = a;
-          if (at < columns) words.get(at, first + at, word + k / 64, a, b);
-          low[i] = (vec<float>)a, high[i] = (vec<float>)b;
-        }
-        transpose(low), transpose(high);
-        for (int64_t p = 0; p < kLanes; p++) {
-          store((float*)tile + (k / 2 + p) * kPanel + v, low[p]);
-          store((float*)tile + (k / 2 + 16 + p) * kPanel + v, high[p]);
-        }
-      }
+  static SPARSEKERN_PAIRS_INLINE void store_two(uint32_t* tile, __m512i a0, __m512i a1, __m512i b0, __m512i b1) {
+    _mm512_store_si512(tile, _mm512_unpacklo_epi16(a0, b0));
+    _mm512_store_si512(tile + 16, _mm512_unpackhi_epi16(a0, b0));
+    _mm512_store_si512(tile + 32, _mm512_unpacklo_epi16(a1, b1));
+    _mm512_store_si512(tile + 48, _mm512_unpackhi_epi16(a1, b1));
   }
 };
 
@@ -248,8 +245,10 @@ const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t colu
   float* sums = (float*)scratch(kSums, size_t(rows * round_up(columns, kPanel)) * sizeof(float));
   uint32_t* tile = (uint32_t*)scratch(kTiles, size_t(kPairs * kPanel) * 4);
   uint32_t* part = (uint32_t*)scratch(kLists, size_t(rows * kPairs) * 4); // of x, with whole pairs
-  for (int64_t first = 0; first < K; first += kDepth) {
-    const int64_t count = min(kDepth, K - first), pairs = (count + 1) / 2;
+  // Few rows take less time if fewer inputs' weights are read at once, many if their sums are in memory less often.
+  const int64_t depth = rows < 16 ? kDepth / 4 : rows < 128 ? kDepth / 2 : kDepth;
+  for (int64_t first = 0; first < K; first += depth) {
+    const int64_t count = min(depth, K - first), pairs = (count + 1) / 2;
     for (int64_t s = 0; s < rows; s++) {
       part[s * kPairs + pairs - 1] = 0;
       std::memcpy((void*)(part + s * kPairs), x + s * K + first, size_t(count) * sizeof(bf16));
@@ -281,27 +280,96 @@ inline void forward_pairs(const LinearSupport& w, const bf16* x, const bf16* wei
     }
 }
 
-// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros.
-inline void grad_input_pairs(const LinearSupport& w, const bf16* grad_y, const bf16* x, const bf16* weight, bf16* grad_x,
-                             bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  const int64_t rows = end - begin, columns = last - first;
-  OutputPairs tiles(w, weight, first, last);
-  const float* sums = multiply_pairs(grad_y + begin * w.outputs, w.outputs, rows, columns, tiles);
-  const bf16* where = x + begin * w.inputs + first;
-  store_sums(grad_x + begin * w.inputs + first, w.inputs, rows, columns, [&](int64_t s, int64_t c) {
-    const vec<float> sum = load(sums + c / kPanel * (rows * kPanel) + s * kPanel + c % kPanel);
-    if (!at_nonzeros) return sum;
-    return load_first(where + s * w.inputs + c, columns - c) != 0 ? sum : vec<float>{};
-  });
+// Of each 128 bits of two registers the lower halves, or the upper ones.
+SPARSEKERN_PAIRS_INLINE __m512d low_halves(__m512d a, __m512d b) {
+  return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+}
+SPARSEKERN_PAIRS_INLINE __m512d high_halves(__m512d a, __m512d b) {
+  return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+}
+SPARSEKERN_PAIRS_INLINE __m512 halved(__m512 a, __m512 b) {
+  return (__m512)low_halves((__m512d)a, (__m512d)b) + (__m512)high_halves((__m512d)a, (__m512d)b);
 }
 
-// Sixteen columns, or the first `columns` of them, of rows 2p and 2p + 1 of a (B, n) matrix as pairs; zeros beyond.
-SPARSEKERN_INLINE __m512i load_pairs(const bf16* x, int64_t n, int64_t B, int64_t p, int64_t columns) {
+// The sums of the lanes of four registers.
+SPARSEKERN_PAIRS_INLINE __m128 lane_sums(const __m512 (&v)[4]) {
+  const __m512 a = halved(v[0], v[1]), b = halved(v[2], v[3]); // of each 128 bits two sums of the first, and of the second
+  const __m512 c = __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+                   __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+  const __m256 d = __builtin_shufflevector(c, c, 0, 1, 2, 3, 4, 5, 6, 7) +
+                   __builtin_shufflevector(c, c, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(d, d, 0, 1, 2, 3) + __builtin_shufflevector(d, d, 4, 5, 6, 7);
+}
+
+// sum += the products of 32 outputs of kRows rows of grad_y and of kDotInputs rows of weights, both (., O).
+template <int kRows>
+SPARSEKERN_PAIRS_INLINE void add_dots(const bf16* grad_y, const bf16* weights, int64_t O, __mmask32 mask,
+                                      __m512 (&sum)[kRows][kDotInputs]) {
+  __m512bh w[kDotInputs];
+#pragma GCC unroll 4
+  for (int i = 0; i < kDotInputs; i++) w[i] = (__m512bh)_mm512_maskz_loadu_epi16(mask, weights + i * O);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++) {
+    const __m512bh g = (__m512bh)_mm512_maskz_loadu_epi16(mask, grad_y + r * O);
+#pragma GCC unroll 4
+    for (int i = 0; i < kDotInputs; i++) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], g, w[i]);
+  }
+}
+
+// grad_x (kRows, .; stride I) at the first `inputs` of kDotInputs inputs, whose weights (., O) are laid out; zero where x is
+// zero, if x is not null.
+template <int kRows>
+SPARSEKERN_PAIRS void dot_pairs(const bf16* grad_y, const bf16* weights, int64_t O, const bf16* x, bf16* grad_x, int64_t I,
+                                int64_t inputs) {
+  __m512 sum[kRows][kDotInputs] = {};
+  int64_t o = 0;
+  for (; o + 32 <= O; o += 32) add_dots<kRows>(grad_y + o, weights + o, O, ~__mmask32(0), sum);
+  if (o < O) add_dots<kRows>(grad_y + o, weights + o, O, (__mmask32(1) << (O - o)) - 1, sum);
+  const __mmask8 wanted = __mmask8((1 << inputs) - 1);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++) {
+    __m128i narrow = (__m128i)_mm_cvtneps_pbh(lane_sums(sum[r]));
+    if (x != nullptr) {
+      const __m128i where = _mm_maskz_loadu_epi16(wanted, x + r * I);
+      narrow = _mm_maskz_mov_epi16(_mm_test_epi16_mask(where, _mm_set1_epi16(0x7fff)), narrow);
+    }
+    _mm_mask_storeu_epi16(grad_x + r * I, wanted, narrow);
+  }
+}
+
+// Inputs [first, last) of grad_y W for rows [begin, end), zero where x is zero if at_nonzeros. Neighbouring outputs are pairs
+// as they lie: a few inputs' weights are laid out in the first-level cache for all rows.
+inline void grad_input_pairs(const LinearSupport& w, const bf16* grad_y, const bf16* x, const bf16* weight, bf16* grad_x,
+                             bool at_nonzeros, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  constexpr int64_t kInputs = 2 * kDotInputs;
+  const int64_t O = w.outputs;
+  const bool full = w.ccol[w.inputs] * w.group == w.inputs * O; // stored they are laid out
+  bf16* tile = (bf16*)scratch(kTiles, size_t(kInputs * O) * sizeof(bf16));
+  for (int64_t i = first; i < last; i += kInputs) {
+    const int64_t inputs = min(kInputs, last - i);
+    const bf16* weights = full && inputs == kInputs ? weight + i * O : tile;
+    if (weights == tile) {
+      lay_out<true>(w, const_cast<bf16*>(weight), tile, i, i + inputs, 0, O);
+      std::memset((void*)(tile + inputs * O), 0, size_t((kInputs - inputs) * O) * sizeof(bf16));
+    }
+    for_rows(end - begin, [&]<int kRows>(int64_t r) {
+      const int64_t row = begin + r;
+      for (int64_t n = 0; n < inputs; n += kDotInputs) {
+        const int64_t at = row * w.inputs + i + n;
+        dot_pairs<kRows>(grad_y + row * O, weights + n * O, O, at_nonzeros ? x + at : nullptr, grad_x + at, w.inputs,
+                         min(kDotInputs, inputs - n));
+      }
+    });
+  }
+}
+
+// To `to` sixteen columns, or the first `columns` of them, of rows 2p and 2p + 1 of a (B, n) matrix as pairs; zeros beyond.
+inline void store_pairs(uint32_t* to, const bf16* x, int64_t n, int64_t B, int64_t p, int64_t columns) {
   const __mmask16 mask = columns >= kLanes ? 0xffff : columns <= 0 ? 0 : __mmask16((1u << columns) - 1);
   const bf16* at = x + 2 * p * n;
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(2 * p + 1 < B ? mask : __mmask16(0), at + n));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
 // Pairs of samples: tiles (panels, ceil(B / 2), kPanel) of grad_y (B, O), zeros beyond. Panels [begin, end).
@@ -311,36 +379,54 @@ inline void pair_rows(const bf16* grad_y, int64_t B, int64_t O, uint32_t* tiles,
   for (int64_t c = begin; c < end; c++)
     for (int64_t p = 0; p < pairs; p++, to += kPanel)
       for (int64_t v = 0, o = c * kPanel; v < kPanel; v += kLanes, o += kLanes)
-        _mm512_store_si512(to + v, load_pairs(grad_y + o, O, B, p, O - o));
+        store_pairs(to + v, grad_y + o, O, B, p, O - o);
 }
 
-SPARSEKERN_PAIRS_INLINE __m512i narrowed(const float* sums) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + kLanes), _mm512_load_ps(sums));
+// The stored weights of kRows inputs from i on, which are slots from s on, at the 64 outputs of a word: the sums over `pairs`
+// of x, one input beside the other, times a tile, in registers. outputs: those that there are; infinite times zero is NaN.
+template <int64_t kPairStep, int kRows>
+SPARSEKERN_PAIRS void put_pairs(const uint32_t* x, const uint32_t* tile, int64_t pairs, uint64_t outputs, int64_t s, int64_t i,
+                                int64_t word, WeightWords& words, bf16* grad) {
+  __m512 sum[kRows][4] = {};
+  for (int64_t p = 0; p < pairs; p++, tile += kPanel, x += kPairStep) {
+    __m512bh g[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) g[v] = (__m512bh)_mm512_load_si512(tile + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(x[r]));
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, g[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++) {
+    const __m512i low = (__m512i)_mm512_cvtne2ps_pbh(sum[r][1], sum[r][0]);
+    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(sum[r][3], sum[r][2]);
+    words.put(s + r, i + r, word, _mm512_maskz_mov_epi16(__mmask32(outputs), low),
+              _mm512_maskz_mov_epi16(__mmask32(outputs >> 32), high), grad);
+  }
 }
 
 // The stored weights of inputs [begin, end) of grad_y^T x, from the tiles of grad_y.
-inline SPARSEKERN_PAIRS void grad_weight_pairs(const LinearSupport& w, const uint32_t* tiles, const bf16* x, bf16* grad,
-                                               int64_t B, int64_t begin, int64_t end) {
+inline void grad_weight_pairs(const LinearSupport& w, const uint32_t* tiles, const bf16* x, bf16* grad, int64_t B,
+                              int64_t begin, int64_t end) {
   constexpr int64_t kInputs = 8 * kTileSums;
   const int64_t pairs = (B + 1) / 2, outputs = (w.outputs + w.group - 1) / w.group * w.group;
   uint32_t* part = (uint32_t*)scratch(kLists, size_t(pairs * kInputs) * 4);
-  float* sums = (float*)scratch(kSums, size_t(kInputs * kPanel) * sizeof(float));
-  WeightWords words(w, grad, kInputs, outputs, false);
+  WeightWords words(w, grad, kInputs, outputs);
   for (int64_t i = begin; i < end; i += kInputs) {
     const int64_t inputs = min(kInputs, end - i);
     for (int64_t p = 0; p < pairs; p++)
       for (int64_t k = 0; k < kInputs; k += kLanes)
-        _mm512_store_si512(part + p * kInputs + k, load_pairs(x + i + k, w.inputs, B, p, inputs - k));
+        store_pairs(part + p * kInputs + k, x + i + k, w.inputs, B, p, inputs - k);
     for (int64_t k = 0; k < inputs; k++) words.start(k, i + k, 0);
     for (int64_t c = 0; c * kPanel < outputs; c++) {
-      for (int64_t p = 0; p < pairs; p += kPairs)
-        add_pairs<1, kInputs>(inputs, part + p * kInputs, tiles + (c * pairs + p) * kPanel, min(kPairs, pairs - p), p == 0,
-                              sums);
-      clear_beyond(w.outputs - c * kPanel, inputs, sums); // infinite times zero
-      for (int64_t k = 0; k < inputs; k++) {
-        const float* sum = sums + k * kPanel;
-        words.put(k, i + k, c, narrowed(sum), narrowed(sum + 2 * kLanes), grad);
-      }
+      const int64_t left = w.outputs - c * kPanel;
+      const uint64_t there = left >= 64 ? ~uint64_t(0) : left <= 0 ? 0 : (uint64_t(1) << left) - 1;
+      for_rows(inputs, [&]<int kRows>(int64_t k) {
+        put_pairs<kInputs, kRows>(part + k, tiles + c * pairs * kPanel, pairs, there, k, i + k, c, words, grad);
+      });
     }
   }
 }

@@ -244,9 +244,9 @@ inline double groups_cost(const LinearWork& work) {
 }
 
 // By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 200 rows forward,
-// and backward, where tiles are transposed, of single outputs up to about 60. Measured, as was the dense way in bfloat16, at
-// 1600 x 1500, 4096 x 1024, 1024 x 256 and 784 x 128 (densities 0.1 to 1, G = 1, 4 and 16), B = 4 to 1024.
-// What is done once does not become faster with the products: 1.5 cycles more on Zen 5.
+// 100 for the input's gradient, more where rows of outputs are long, and always for the weight's. Measured, as was the dense
+// way in bfloat16, on Zen 5 at 1600 x 1500, 1600 x 1000, 1024 x 256, 784 x 128, 512 x 2048 and 64 x 64 (densities 0.1 to 1,
+// G = 1 and 16), B = 2 to 256, of the weight's gradient to 1024: within a tenth of 0.8 times this. Zen 4 is an estimate.
 inline bool has_pairs(const LinearWork& work) {
   return work.has_pairs && fits(work) &&
          (work.support.bits != nullptr || work.support.group % 16 == 0 || work.full());
@@ -254,9 +254,11 @@ inline bool has_pairs(const LinearWork& work) {
 inline double pairs_cost(const LinearWork& work) {
   const bool full = work.full(), bits = work.support.bits != nullptr;
   const double rows = bf16_rate(false) * double(work.B); // as long as so many
-  if (work.pass == Pass::grad_weight) return (full ? 6 : bits ? 5.5 : 10.5) + 0.66 * rows;
-  const double once = (full ? 4.5 : bits ? 4 : 5 + 14 * work.density()) + (wide() ? 1.5 : 0);
-  return work.pass == Pass::forward ? once + 0.64 * rows : once + (wide() ? 1 : 3) + 0.69 * rows;
+  const double vectors = double((work.support.outputs + 15) / 16), d = work.density();
+  if (work.pass == Pass::grad_weight) return (full ? 2.5 : bits ? 4.2 : 6.2) + 0.66 * rows;
+  if (work.pass == Pass::grad_input) // by O: the end of a dot product
+    return (full ? 1 : 2 + 4.5 * d) + (0.69 + 2.8 / vectors) * rows;
+  return (full ? 4.5 : bits ? 2.5 : 5 + 14 * d) + (wide() ? 1.5 : 0) + 0.64 * rows;
 }
 
 // How much longer a sparse way takes than with AVX-512, measured on Zen 4. PyTorch's products use AVX-512 wherever the
