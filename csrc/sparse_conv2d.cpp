@@ -78,7 +78,7 @@ class Packed {
     };
     if (conv.B <= kFewSamples && weight_bytes <= KeptWeights::kMostBytes) {
       static KeptWeights kept;
-      kept_ = kept.get(conv, transposed, weight.data_ptr(), weight_bytes, channels_last, bytes, pack);
+      kept_ = kept.get(kernels(), conv, transposed, weight.data_ptr(), weight_bytes, channels_last, bytes, pack);
       data_ = kept_->packed.get();
     } else {
       pack(weight.data_ptr(), data_ = scratch(0, bytes));
@@ -178,6 +178,8 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
 Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding) {
   check(x, weight, bias);
   const Conv2d conv = sizes(x, weight.size(0), weight.size(2), weight.size(3), stride, padding);
+  STD_TORCH_CHECK(conv.H + 2 * conv.PH >= conv.KH && conv.W + 2 * conv.PW >= conv.KW,
+                  "sparse_conv2d: wants a padded input of at least the kernel size");
   const bool channels_last = !x.is_contiguous();
   if (!sparse_forward_pays({conv, kernels(), channels_last, channels_last}, active_fraction(x)))
     return dense_forward(x, weight, bias, stride, padding);

@@ -40,8 +40,15 @@ struct CostFactors {
   double product, list, element;
 };
 
+// Of a weight's bytes: see fingerprint.h.
+struct Fingerprint {
+  uint64_t lanes[128];
+  bool operator==(const Fingerprint&) const = default;
+};
+
 struct SparseConv2dKernels {
   CostFactors factors;
+  Fingerprint (*fingerprint)(const void* data, size_t bytes);
   // Non-zeros (NaN among them) of n elements.
   int64_t (*count)(DType dtype, const void* x, int64_t n);
   // out = x where mask is not zero, else zero.

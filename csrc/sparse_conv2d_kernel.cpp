@@ -1,6 +1,7 @@
 // Forward and input gradient of the sparse-input convolution: each non-zero adds its weights to the outputs it reaches.
 // The innermost kernel keeps a segment of one output row times 16 channels in registers and walks over the pixels of one
 // input row, for some taps of one kernel row, so that their weights (channels x taps x 16) stay in L1.
+#include "fingerprint.h"
 #include "sparse_conv2d_gradients.h"
 #include "sparse_conv2d_passes.h"
 
@@ -111,6 +112,6 @@ void grad_input(const Conv2d& conv, Images grad_y, const void* packed, const voi
 } // namespace
 
 extern const SparseConv2dKernels SPARSEKERN_TABLE(sparse_conv2d) = {
-    kFactors, count, keep, panels, packed_bytes, pack, forward, grad_input, gradients};
+    kFactors, fingerprint, count, keep, panels, packed_bytes, pack, forward, grad_input, gradients};
 
 } // namespace sparsekern

@@ -4,7 +4,6 @@
 #pragma once
 #include "sparse_linear_layout.h"
 #include "sparse_linear_panels.h"
-#include "transpose.h"
 
 namespace sparsekern {
 namespace {
@@ -19,7 +18,7 @@ inline bool has_pairs() {
 }
 
 constexpr int64_t kPairs = 128;        // of a tile at most: with kPanel columns 32 KB
-constexpr int64_t kDepth = 2 * kPairs; // rows of the dense matrix in a tile
+constexpr int64_t kDepth = 2 * kPairs; // inputs of a tile
 constexpr int kDotInputs = 4;          // inputs whose gradients are summed at a time
 
 // The weights of an input at 64 outputs, zeros where none exists: of blocks of whole sixteens, or where all exist; to be put
@@ -203,9 +202,8 @@ class InputPairs {
   }
 };
 
-// sums (kRows, kPanel) (zeros if `fresh`) += x (kRows, pairs) times a tile's first `pairs` pairs. Pair p of row r lies at
-// x[r * kRowStep + p * kPairStep].
-template <int64_t kRowStep, int64_t kPairStep, int kRows>
+// sums (kRows, kPanel) (zeros if `fresh`) += x (kRows, pairs) times a tile's first `pairs` pairs.
+template <int kRows>
 SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t pairs, bool fresh, float* sums) {
   __m512 sum[kRows][4];
   const __mmask16 old = fresh ? 0 : 0xffff;
@@ -213,13 +211,13 @@ SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) sum[r][v] = _mm512_maskz_load_ps(old, sums + r * kPanel + v * kLanes);
-  for (int64_t p = 0; p < pairs; p++, tile += kPanel, x += kPairStep) {
+  for (int64_t p = 0; p < pairs; p++, tile += kPanel) {
     __m512i w[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) w[v] = _mm512_load_si512(tile + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; r++) {
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(x[r * kRowStep]));
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(x[r * pairs + p]));
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, (__m512bh)w[v]);
     }
@@ -230,34 +228,26 @@ SPARSEKERN_PAIRS void add_pairs(const uint32_t* x, const uint32_t* tile, int64_t
     for (int v = 0; v < 4; v++) _mm512_store_ps(sums + r * kPanel + v * kLanes, sum[r][v]);
 }
 
-// The same for any number of rows.
-template <int64_t kRowStep, int64_t kPairStep>
-void add_pairs(int64_t rows, const uint32_t* x, const uint32_t* tile, int64_t pairs, bool fresh, float* sums) {
-  for_rows(rows, [&]<int kRows>(int64_t r) {
-    add_pairs<kRowStep, kPairStep, kRows>(x + r * kRowStep, tile, pairs, fresh, sums + r * kPanel);
-  });
-}
-
-// The sums (panels, rows, kPanel) = x (rows, K; stride K) times the matrix (K, columns) of which `tiles` lays out kDepth rows
-// at a time.
-template <class Tiles>
-const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t columns, Tiles& tiles) {
+// The sums (panels, rows, kPanel) = x (rows, K; stride K) times the matrix (K, columns) that `tiles` lays out.
+inline const float* multiply_pairs(const bf16* x, int64_t K, int64_t rows, int64_t columns, InputPairs& tiles) {
   float* sums = (float*)scratch(kSums, size_t(rows * round_up(columns, kPanel)) * sizeof(float));
   uint32_t* tile = (uint32_t*)scratch(kTiles, size_t(kPairs * kPanel) * 4);
-  uint32_t* part = (uint32_t*)scratch(kLists, size_t(rows * kPairs) * 4); // of x, with whole pairs
+  uint32_t* part = (uint32_t*)scratch(kLists, size_t(rows * kPairs) * 4); // of x (rows, pairs)
   // Few rows take less time if fewer inputs' weights are read at once, many if their sums are in memory less often.
   const int64_t depth = rows < 16 ? kDepth / 4 : rows < 128 ? kDepth / 2 : kDepth;
   for (int64_t first = 0; first < K; first += depth) {
     const int64_t count = min(depth, K - first), pairs = (count + 1) / 2;
     for (int64_t s = 0; s < rows; s++) {
-      part[s * kPairs + pairs - 1] = 0;
-      std::memcpy((void*)(part + s * kPairs), x + s * K + first, size_t(count) * sizeof(bf16));
+      part[(s + 1) * pairs - 1] = 0; // of the last, one half may not exist
+      std::memcpy((void*)(part + s * pairs), x + s * K + first, size_t(count) * sizeof(bf16));
     }
     tiles.begin(first, count);
     for (int64_t c = 0; c * kPanel < columns; c++) {
       tiles.fill(c, tile);
       float* sum = sums + c * rows * kPanel;
-      add_pairs<kPairs, 1>(rows, part, tile, pairs, first == 0, sum);
+      for_rows(rows, [&]<int kRows>(int64_t r) {
+        add_pairs<kRows>(part + r * pairs, tile, pairs, first == 0, sum + r * kPanel);
+      });
     }
   }
   return sums;

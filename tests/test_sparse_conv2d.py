@@ -296,6 +296,29 @@ def test_threads_do_not_change_a_bit(threads, B, memory_format):
         assert_same_bits(result[name], wanted, name)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_weights_that_change_behind_pytorchs_back_are_seen(memory_format):
+    """Packed weights are kept between calls on few samples. Sums of small integers are exact."""
+    layer = sk.SparseConv2d(32, 48, 3, bias=False).to(memory_format=FORMATS[memory_format]).eval()
+    x = sparse_randn(1, 32, 9, 9, active=0.1, dtype=torch.float32).sign().to(memory_format=FORMATS[memory_format])
+    stored = layer.weight.data
+    stored.random_(-9, 9)
+    changes = [
+        lambda: None,
+        lambda: stored[47, 31, 2, 2].add_(1),
+        lambda: stored.neg_(),
+        lambda: stored.neg_(),
+        lambda: stored.copy_(stored.flip(0)),
+        lambda: stored[::2].neg_(),
+    ]
+    version = layer.weight._version
+    for number, change in enumerate(changes):
+        change()
+        for _ in range(2):
+            assert torch.equal(layer(x), torch.conv2d(x, stored)), f"change {number}"
+    assert layer.weight._version == version
+
+
 def test_opcheck():
     weight, bias = torch.randn(8, 6, 3, 3), torch.randn(8)
     for B, memory_format in itertools.product((0, 2), FORMATS.values()):

@@ -182,6 +182,29 @@ template <class T> void check_dtype(DType dtype, std::mt19937& random) {
   check_case<T>({11, 3, 8, 8, 16, 5, 5, 4, 4, 1, 1, 0, 0, dtype}, 0.3, 0.1, random);
 }
 
+// Equal bytes have one fingerprint wherever they lie; any bit that changes changes it, and so do signs of numbers that a lane
+// takes one after the other.
+void check_fingerprint(std::mt19937& random) {
+  const SparseConv2dKernels& kernels = SPARSEKERN_SELECT(sparse_conv2d);
+  for (const size_t bytes : {0, 1, 7, 64, 1000, 1023, 1024, 1025, 2048, 5003}) {
+    std::vector<char> data(bytes + 1), moved(bytes + 1);
+    for (char& c : data) c = char(random());
+    const Fingerprint before = kernels.fingerprint(data.data(), bytes);
+    std::copy_n(data.begin(), bytes, moved.begin() + 1);
+    expect(kernels.fingerprint(moved.data() + 1, bytes) == before, "fingerprint of %zu bytes elsewhere", bytes);
+    for (size_t i = 0; i < bytes * 8; i += 1 + random() % 7) {
+      data[i / 8] ^= char(1 << i % 8);
+      expect(kernels.fingerprint(data.data(), bytes) != before, "fingerprint of %zu bytes, bit %zu", bytes, i);
+      data[i / 8] ^= char(1 << i % 8);
+    }
+    for (size_t i = 3; i + 1024 < bytes; i += 4) {
+      data[i] ^= char(0x80), data[i + 1024] ^= char(0x80);
+      expect(kernels.fingerprint(data.data(), bytes) != before, "fingerprint of %zu bytes, signs at %zu", bytes, i);
+      data[i] ^= char(0x80), data[i + 1024] ^= char(0x80);
+    }
+  }
+}
+
 } // namespace
 } // namespace sparsekern
 
@@ -189,6 +212,7 @@ int main(int argc, char** argv) {
   using namespace sparsekern;
   if (!choose_isa(argc, argv)) return 77;
   std::mt19937 random(0);
+  check_fingerprint(random);
   check_dtype<float>(DType::f32, random);
   check_dtype<double>(DType::f64, random);
   check_dtype<bf16>(DType::bf16, random);
