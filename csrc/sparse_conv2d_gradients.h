@@ -305,6 +305,7 @@ template <class T> class GradientPasses {
 // packed: the weight as the forward reads it.
 void gradients(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, Images grad_weight,
                void* grad_x, ChannelPart part) {
+  if (part.channels == 0) return;
   const Windows windows = make_windows(conv, by_grad, x, grad_y);
   const Images source = by_grad ? grad_y : x, other = by_grad ? x : grad_y;
   dispatch(conv.dtype, [&]<class T>() {
