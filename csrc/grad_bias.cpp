@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "grad_bias.h"
+#include "parallel.h"
 
 namespace sparsekern {
 namespace {
@@ -40,7 +41,7 @@ Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
   char* out = static_cast<char*>(scratch(0, size_t(parts * O * step))); // the sums of parts, (parts, O)
   if (by_rows) {
     const int64_t work = std::min(rows, kRows) * std::min(O, kChannels);
-    torch::stable::parallel_for(0, parts * ranges, ceil_div(kGrain, work + 1), [&](int64_t begin, int64_t end) {
+    parallel_items(parts * ranges, ceil_div(kGrain, work + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t part = i / ranges, first = i % ranges * kChannels;
         kernels().rows(dtype, data + part * kRows * O * size, std::min(kRows, rows - part * kRows), O,
@@ -48,12 +49,12 @@ Tensor grad_bias(Tensor grad_y) { // (B, O) or (B, O, H, W)
       }
     });
   } else {
-    torch::stable::parallel_for(0, rows * O, ceil_div(kGrain, pixels + 1), [&](int64_t begin, int64_t end) {
+    parallel_items(rows * O, ceil_div(kGrain, pixels + 1), [&](int64_t begin, int64_t end) {
       kernels().neighbours(dtype, data, pixels, out, begin, end);
     });
   }
   Tensor grad = empty(grad_y.scalar_type(), {O});
-  torch::stable::parallel_for(0, ranges, ceil_div(kGrain, parts * kChannels + 1), [&](int64_t begin, int64_t end) {
+  parallel_items(ranges, ceil_div(kGrain, parts * kChannels + 1), [&](int64_t begin, int64_t end) {
     kernels().finish(dtype, out, parts, O, grad.data_ptr(), begin * kChannels, std::min(O, end * kChannels));
   });
   return grad;

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
@@ -15,6 +15,7 @@ from sparsekern.nn.mask import draw_supports, magnitude_mask, mask_to_indices, s
 from sparsekern.nn.parameters import freeze_as, whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_linear import (
+    eager_forward,
     has_values,
     pack_support,
     plan_groups,
@@ -197,10 +198,13 @@ class SparseLinear(nn.Module):
         if packed.row_indices is not None:
             ccol, rows = packed.ccol_indices, packed.row_indices
         bits, plan = packed.bits, packed.plan
-        others = ccol, rows, self.out_features, self.sparse_input_grad, bits, plan
+        out_features = self.out_features
+        others = ccol, rows, out_features, self.sparse_input_grad, bits, plan
         plain = isinstance(x, Tensor) and x.is_cpu and weight.is_cpu and x.dim() == 2
         if plain and not (traced or transformed or is_any_autocast_enabled()):
             try:  # the op checks shapes and dtypes in a tenth of the time
+                if not is_grad_enabled():
+                    return eager_forward(x, weight, bias, ccol, rows, out_features, bits, plan)
                 return sparse_linear_eager(x, weight, bias, others)
             except RuntimeError:
                 pass  # what follows says what is wrong

@@ -67,7 +67,7 @@ define(
 # traces want the overload itself.
 _forward = torch.ops.sparsekern.sparse_linear.default
 _backward = torch.ops.sparsekern.sparse_linear_backward.default
-_eager_forward, _eager_backward = (getattr(op, "_op", op) for op in (_forward, _backward))
+eager_forward, _eager_backward = (getattr(op, "_op", op) for op in (_forward, _backward))
 
 
 class LinearOthers(NamedTuple):
@@ -116,7 +116,7 @@ class EagerSparseLinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, others):
         ccol_indices, row_indices, out_features, _, support_bits, support_plan = ctx.others = others
         ctx.save_for_backward(x, weight)
-        return _eager_forward(x, weight, bias, ccol_indices, row_indices, out_features, support_bits, support_plan)
+        return eager_forward(x, weight, bias, ccol_indices, row_indices, out_features, support_bits, support_plan)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -362,4 +362,4 @@ def sparse_linear_eager(x: Tensor, weight: Tensor, bias: Tensor | None, others: 
     if is_grad_enabled() and (weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply_eager(unwrap(x), unwrap(weight), unwrap(bias), others)
     ccol_indices, row_indices, out_features, _, support_bits, support_plan = others
-    return _eager_forward(x, weight, bias, ccol_indices, row_indices, out_features, support_bits, support_plan)
+    return eager_forward(x, weight, bias, ccol_indices, row_indices, out_features, support_bits, support_plan)
