@@ -218,8 +218,8 @@ Tensor sparse_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
                      const std::optional<Tensor>& support_bits, const std::optional<Tensor>& support_plan) {
   const DType dtype = dtype_of("sparse_linear", x_);
   check("sparse_linear", x_, weight_);
-  const Unstrided contiguous[]{Unstrided(x_), Unstrided(weight_), Unstrided(ccol_indices_), Unstrided(row_indices_)};
-  const Tensor &x = contiguous[0], &weight = contiguous[1], &ccol = contiguous[2], &rows = contiguous[3];
+  const Tensor x = unstrided(x_), weight = unstrided(weight_);
+  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   std::optional<Tensor> bias;
   if (bias_) STD_TORCH_CHECK(bias_->scalar_type() == x_.scalar_type(), "sparse_linear: wants bias in the dtype of x");
   if (bias_) bias = unstrided(*bias_);
@@ -378,10 +378,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_linear_backward(const Tensor& grad_y_,
   const DType dtype = dtype_of("sparse_linear_backward", x_);
   check("sparse_linear_backward", x_, grad_y_);
   check("sparse_linear_backward", x_, weight_);
-  const Unstrided contiguous[]{Unstrided(grad_y_), Unstrided(x_), Unstrided(weight_), Unstrided(ccol_indices_),
-                               Unstrided(row_indices_)};
-  const Tensor &grad_y = contiguous[0], &x = contiguous[1], &weight = contiguous[2], &ccol = contiguous[3];
-  const Tensor& rows = contiguous[4];
+  const Tensor grad_y = unstrided(grad_y_), x = unstrided(x_), weight = unstrided(weight_);
+  const Tensor ccol = unstrided(ccol_indices_), rows = unstrided(row_indices_);
   const int64_t B = x.size(0), group = stored_group(weight, rows);
   STD_TORCH_CHECK(x.size(1) == ccol.size(0) - 1 && weight.numel() == rows.size(0) * group && group > 0 &&
                       grad_y.size(0) == B,

@@ -31,20 +31,6 @@ inline DType dtype_of(const char* op, const Tensor& t) {
 // A call through the dispatcher costs more than a look.
 inline Tensor unstrided(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// The same without a second handle to t, which takes atomic additions.
-class Unstrided {
- public:
-  explicit Unstrided(const Tensor& t) : t_(&t) {
-    if (!t.is_contiguous()) t_ = &copy_.emplace(torch::stable::contiguous(t));
-  }
-  Unstrided(const Unstrided&) = delete;
-  operator const Tensor&() const { return *t_; }
-
- private:
-  std::optional<Tensor> copy_;
-  const Tensor* t_;
-};
-
 // Uninitialised, on the CPU. By the C function: PyTorch's C++ ones look their op up by name at every call, which takes
 // 0.8 us more, as long as a small layer's sums.
 template <size_t N>

@@ -13,7 +13,6 @@ from sparsekern.ops import _check
 from sparsekern.ops.sparse_conv2d import (
     eager_forward,
     is_plain,
-    is_served_eagerly,
     pair,
     sparse_conv2d_images,
     sparse_conv2d_prepared,
@@ -112,13 +111,15 @@ class SparseConv2d(nn.Module):
             weight, bias = self.weight, self.bias
         if mask is not None:
             weight = weight * mask
-        if not is_grad_enabled() and is_served_eagerly(x, weight):
+        stride, padding = self.stride, self.padding
+        if is_plain(x, weight):
             try:  # the op checks sizes and dtypes in a tenth of the time
-                return eager_forward(x, weight, bias, self.stride, self.padding)
+                if not is_grad_enabled():
+                    return eager_forward(x, weight, bias, stride, padding)
+                return sparse_conv2d_images(x, weight, bias, stride, padding, self.sparse_input_grad)
             except RuntimeError:
                 pass  # what follows says what is wrong
-        function = sparse_conv2d_images if is_plain(x, weight, self.padding) else sparse_conv2d_prepared
-        return function(x, weight, bias, self.stride, self.padding, self.sparse_input_grad)
+        return sparse_conv2d_prepared(x, weight, bias, stride, padding, self.sparse_input_grad)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Conv2d:

@@ -53,7 +53,7 @@ class SparseLinear(nn.Module):
         bias: whether there is one.
         density: fraction of the weights that exist, in (0, 1].
         group_size: this many neighbouring output units share one random support (the last group may be smaller). 1 is
-            the paper's layer; 16 is up to 2.7x as fast as 1 behind k-winners, and more for dense inputs
+            the paper's layer; 16 is up to 3.3x as fast as 1 behind k-winners, and more for dense inputs
             (docs/performance.md).
         sparse_input_grad: compute the input's gradient only where the input is not zero, which is much cheaper: right
             directly behind k-winners, ReLU and dropout, which drop the rest; behind anything else the gradient would be

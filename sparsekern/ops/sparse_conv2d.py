@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, channels_last, is_autocast_enabled, is_grad_enabled, strided
+from torch import Tensor, is_grad_enabled, strided
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch.compiler import is_compiling
@@ -189,8 +189,11 @@ def _is_dense(x, weight, bias, stride, padding) -> bool:
     )
 
 
-def is_served_eagerly(x, weight) -> bool:
-    """Whether the CPU's op may be called at once, outside of traces and transforms: what else is wrong it finds itself."""
+def is_plain(x, weight) -> bool:
+    """Whether the CPU may be given a layer's input as it is, neither traced nor under a transform.
+
+    Sizes and dtypes are left to the op: close looks cost as much as a small layer.
+    """
     return (
         isinstance(x, Tensor)
         and x.is_cpu
@@ -199,25 +202,7 @@ def is_served_eagerly(x, weight) -> bool:
         and not (is_compiling() or are_transforms_active() or is_any_autocast_enabled())
         and x.layout is strided
         and x.size(1) > 1  # _plain_strides looks at single channels
-        and (x.is_contiguous() or x.is_contiguous(memory_format=channels_last))
-    )
-
-
-def is_plain(x, weight, padding) -> bool:
-    """Whether nothing about a layer's input is to be refused, cast or copied: close looks cost as much as a small layer."""
-    if not isinstance(x, Tensor) or not x.is_cpu or not weight.is_cpu or x.dtype is not weight.dtype or x.dim() != 4:
-        return False
-    if x.layout is not strided:
-        return False
-    _, channels, height, width = x.shape
-    _, in_channels, kernel_height, kernel_width = weight.shape
-    return (
-        channels == in_channels
-        and channels > 1  # _plain_strides looks at single channels
-        and height + 2 * padding[0] >= kernel_height
-        and width + 2 * padding[1] >= kernel_width
         and _is_dense_image(x)
-        and not is_autocast_enabled("cpu")
     )
 
 
