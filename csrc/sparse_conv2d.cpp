@@ -218,20 +218,41 @@ void grad_input_at_nonzeros(const Conv2d& conv, const Tensor& grad_y, const Tens
                             const Tensor& grad_x) {
   const Packed packed(conv, false, weight);
   parallel_stretches(conv.B, together(conv.B), [&](int64_t begin, int64_t end) {
-    kernels().gradients(conv, false, images(grad_y), images(x), packed.data(), {nullptr, false}, grad_x.data_ptr(),
+    kernels().gradients(conv, false, images(grad_y), images(x), packed.data(), nullptr, grad_x.data_ptr(),
                         {begin, end - begin, 0, conv.C});
   });
 }
 
+// Into how many stretches the samples are cut for grad_weight, so that threads rarely look at the same ones: the more, the
+// longer it takes to add up their sums, which may be a fiftieth of all.
+int64_t stretches(const Conv2d& conv, double cost) {
+  constexpr double kSum = 0.25; // ns for one more sum of a weight, Zen 5
+  const double each = double(conv.O * conv.C * conv.KH * conv.KW) * kSum;
+  int64_t n = 1;
+  while (n < 8 && conv.B >= 16 * n && double(2 * n - 1) * each <= 0.02 * cost) n *= 2;
+  return n;
+}
+
 // grad_weight over the non-zeros of grad_y or of x; with those of x, grad_x at them too, if not null. Each thread takes some
-// channels of all samples, so that nothing is added up of what threads did.
+// channels of a stretch of samples, whose sums are added up in one order whatever the threads are.
 void grad_weight(const Conv2d& conv, bool by_grad, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                 const Tensor& grad_weight, void* grad_x) {
+                 const Tensor& grad_weight, void* grad_x, int64_t stretches) {
   std::optional<Packed> packed;
   if (grad_x != nullptr) packed.emplace(conv, false, weight);
-  torch::stable::parallel_for(0, by_grad ? conv.O : conv.C, 1, [&](int64_t begin, int64_t end) {
-    kernels().gradients(conv, by_grad, images(grad_y), images(x), packed ? packed->data() : nullptr, images(grad_weight),
-                        grad_x, {0, conv.B, begin, end - begin});
+  const int64_t channels = by_grad ? conv.O : conv.C;
+  const size_t bytes = kernels().packed_bytes(conv, by_grad);
+  char* sums = static_cast<char*>(scratch(8, size_t(stretches) * bytes));
+  torch::stable::parallel_for(0, stretches * channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t stretch = i / channels, first = i % channels, n = std::min(channels - first, end - i);
+      const int64_t sample = conv.B * stretch / stretches, samples = conv.B * (stretch + 1) / stretches - sample;
+      kernels().gradients(conv, by_grad, images(grad_y), images(x), packed ? packed->data() : nullptr,
+                          sums + size_t(stretch) * bytes, grad_x, {sample, samples, first, n});
+      i += n;
+    }
+  });
+  torch::stable::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
+    kernels().write_grad_weight(conv, by_grad, sums, stretches, images(grad_weight), begin, end - begin);
   });
 }
 
@@ -266,7 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
   }
   if (want_weight && !dense_weight) {
     grad_w = empty_maps(x, {conv.O, conv.C, conv.KH, conv.KW}, !weight.is_contiguous());
-    grad_weight(conv, ways.weight == ConvWay::by_grad, grad_y, x, weight, grad_w, both ? grad_x.data_ptr() : nullptr);
+    grad_weight(conv, ways.weight == ConvWay::by_grad, grad_y, x, weight, grad_w, both ? grad_x.data_ptr() : nullptr,
+                stretches(conv, ways.cost));
   }
   return {grad_x, grad_w, want_bias ? grad_bias(grad_y) : empty(x.scalar_type(), {0})};
 }

@@ -29,7 +29,7 @@ struct Part {
   int64_t first_sample, samples, first_panel, panels;
 };
 
-// The same for channels of what has the non-zeros; where they add to grad_weight, of all samples.
+// The same for channels of what has the non-zeros.
 struct ChannelPart {
   int64_t first_sample, samples, first, channels;
 };
@@ -64,10 +64,14 @@ struct SparseConv2dKernels {
   void (*forward)(const Conv2d& conv, Images x, const void* packed, const void* bias, Images y, Part part);
   // grad_x over the non-zeros of grad_y; with `mask` (an x, laid out as grad_x) only where that is not zero.
   void (*grad_input)(const Conv2d& conv, Images grad_y, const void* packed, const void* mask, Images grad_x, Part part);
-  // Of grad_weight (O, C, KH, KW) and of grad_x (laid out as x, zero where x is) those that are not null, over the
-  // non-zeros of x, or, grad_weight alone, over those of grad_y. packed: for grad_x, the weight packed as for the forward.
-  void (*gradients)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, Images grad_weight,
+  // Of grad_weight's sums and of grad_x (laid out as x, zero where x is) what is not null, over the non-zeros of x, or, the
+  // sums alone, over those of grad_y. packed: for grad_x, the weight packed as for the forward. weight_sums: as the packed
+  // weight (transposed: by_grad), of the part's samples and channels.
+  void (*gradients)(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, void* weight_sums,
                     void* grad_x, ChannelPart part);
+  // grad_weight (O, C, KH, KW) for some channels: the sums of several stretches of samples, which lie one behind the other.
+  void (*write_grad_weight)(const Conv2d& conv, bool by_grad, void* weight_sums, int64_t stretches, Images grad_weight,
+                            int64_t first, int64_t channels);
 };
 
 // Whether PyTorch's own autograd node had better do all passes of a training step: see sparse_conv2d_ways.h. x holds

@@ -110,7 +110,7 @@ void unpack_rows(const acc_t<T>* sums, const int64_t* list, int64_t n, int64_t r
   }
 }
 
-// Writes the sums of one panel, of `channels` channels of the source from `first` on, to grad_weight (O, C, KH, KW), or
+// Writes `channels` channels of the source, from `first` on, of the sums of one panel to grad_weight (O, C, KH, KW), or
 // (O, KH, KW, C) in memory if channels_last. list: room for the elements of those channels and one of the panel's.
 template <class T>
 void unpack_panel(const Conv2d& conv, const Windows& windows, const Places& places, const acc_t<T>* sums, int64_t panel,
@@ -121,7 +121,7 @@ void unpack_panel(const Conv2d& conv, const Windows& windows, const Places& plac
     const int64_t at = panel * windows.lanes + lane, n = min(kLanes, windows.other.channels - at);
     if (!windows.rows.by_grad) { // the panel's channels are the weight's O, the source's its C
       T* filters = grad_weight + at * conv.C * taps;
-      list_places(places, 0, channels, conv.KH, conv.KW, channels_last, list);
+      list_places(places, first, channels, conv.KH, conv.KW, channels_last, list);
       if (channels_last)
         for (int64_t t = 0; t < taps; t++)
           unpack_rows(sums, list + t * channels, channels, n, filters + t * conv.C + first, conv.C * taps);
@@ -131,7 +131,7 @@ void unpack_panel(const Conv2d& conv, const Windows& windows, const Places& plac
     }
     for (int64_t c = 0; c < channels; c++) {
       T* filter = grad_weight + (first + c) * conv.C * taps + at * (channels_last ? 1 : taps);
-      list_places(places, c, 1, conv.KH, conv.KW, false, list);
+      list_places(places, first + c, 1, conv.KH, conv.KW, false, list);
       if (channels_last)
         for (int64_t t = 0; t < taps; t++) store_first(filter + t * conv.C, load(sums + list[t]), n);
       else
@@ -140,26 +140,38 @@ void unpack_panel(const Conv2d& conv, const Windows& windows, const Places& plac
   }
 }
 
+// Calls f(first, n) for the stretches of the sums (panel, kh, group, channel, tap, lanes) that some channels have.
+template <class F>
+void for_slices(const Conv2d& conv, const Windows& windows, int64_t first, int64_t channels, const F& f) {
+  int64_t slice = 0;
+  for (int64_t row = 0; row < windows.panels() * conv.KH; row++)
+    for (int g = 0; g < windows.group_count; g++) {
+      const int64_t each = windows.groups[g].taps * windows.lanes;
+      f(slice + first * each, channels * each);
+      slice += windows.source.channels * each;
+    }
+}
+
 // A few samples at a time of a part's channels: in the calling thread's scratch.
 template <class T> class GradientPasses {
   using A = acc_t<T>;
 
  public:
-  GradientPasses(const Conv2d& conv, const Windows& windows, const A* packed, bool of_weight, bool of_value,
+  // weight_sums: of grad_weight for all channels of the source, or null.
+  GradientPasses(const Conv2d& conv, const Windows& windows, const A* packed, A* weight_sums, bool of_value,
                  ChannelPart part)
       : at_once(samples_at_once(windows)), conv_(conv), windows_(windows), part_(part), packed_(packed),
-        panel_stride_(at_once * windows.panel_size()), lists_(windows, part.channels, at_once),
+        panel_stride_(at_once * windows.panel_size()), sums_(weight_sums), lists_(windows, part.channels, at_once),
         panels_(static_cast<A*>(scratch(4, size_t(windows.panels() * panel_stride_) * sizeof(A)))) {
     if (of_value) {
       const int64_t entries = at_once * part.channels * windows.source.pixels();
       value_sums_ = static_cast<A*>(scratch(7, size_t(entries * kEntrySums) * sizeof(A)));
       list_pixels();
     }
-    if (of_weight) {
-      const size_t n = size_t(windows.panels() * conv.KH * conv.KW * part.channels * windows.lanes);
-      sums_ = static_cast<A*>(scratch(8, n * sizeof(A)));
-      std::memset(sums_, 0, n * sizeof(A));
-    }
+    if (sums_ != nullptr)
+      for_slices(conv, windows, part.first, part.channels, [&](int64_t first, int64_t n) {
+        std::memset(sums_ + first, 0, size_t(n) * sizeof(A));
+      });
   }
 
   const int64_t at_once; // samples
@@ -212,15 +224,6 @@ template <class T> class GradientPasses {
     }
   }
 
-  void write_weight(T* grad_weight, bool channels_last) const {
-    const int64_t taps = conv_.KH * conv_.KW;
-    const Places places(windows_.groups, windows_.group_count, part_.channels, windows_.lanes);
-    int64_t* list = static_cast<int64_t*>(scratch(1, size_t(max(part_.channels, 1) * taps) * sizeof(int64_t)));
-    for (int64_t panel = 0; panel < windows_.panels(); panel++)
-      unpack_panel(conv_, windows_, places, sums_ + panel * taps * part_.channels * windows_.lanes, panel, part_.first,
-                   part_.channels, list, grad_weight, channels_last);
-  }
-
  private:
   struct Row {
     int64_t sample, row;
@@ -253,10 +256,9 @@ template <class T> class GradientPasses {
       const int64_t list = c * lists_.phases + group.phase, first = lists_.at(from.sample, from.row, list);
       const int64_t n = lists_.at(to.sample, to.row, list) - first;
       if (n == 0) continue;
-      Slices<const A> weight{nullptr, next_slice * windows_.source.channels};
-      Slices<A> gradient{nullptr, next_slice * part_.channels};
-      if (value_sums_) weight.data = packed_ + slice * windows_.source.channels + (part_.first + c) * each;
-      if (sums_) gradient.data = sums_ + slice * part_.channels + c * each;
+      const int64_t at = slice * windows_.source.channels + (part_.first + c) * each, step = next_slice * windows_.source.channels;
+      Slices<const A> weight{value_sums_ ? packed_ + at : nullptr, step};
+      Slices<A> gradient{sums_ ? sums_ + at : nullptr, step};
       pass_windows(lists_.offset + first, lists_.value + first, value_sums_ ? value_sums_ + first * kEntrySums : nullptr, n,
                    windows, by_rows ? row_size : panel_stride_, weight, gradient);
     }
@@ -295,30 +297,53 @@ template <class T> class GradientPasses {
   const ChannelPart part_;
   const A* packed_;
   const int64_t panel_stride_; // from a panel of all samples to the next
+  A* const sums_; // of grad_weight
   const ChannelLists<A> lists_;
-  A *panels_, *value_sums_ = nullptr, *sums_ = nullptr; // value_sums_: kEntrySums for each entry of the lists
+  A *panels_, *value_sums_ = nullptr; // kEntrySums for each entry of the lists
   int32_t* pixel_ = nullptr;
   int64_t samples_ = 0;
 };
 
-// Of grad_weight and of grad_x, laid out as x, what is not null: over the non-zeros of grad_y (grad_weight alone) or of x.
+// Of grad_weight's sums and of grad_x, laid out as x, what is not null: over the non-zeros of grad_y (the sums alone) or of x.
 // packed: the weight as the forward reads it.
-void gradients(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, Images grad_weight,
+void gradients(const Conv2d& conv, bool by_grad, Images grad_y, Images x, const void* packed, void* weight_sums,
                void* grad_x, ChannelPart part) {
   if (part.channels == 0) return;
   const Windows windows = make_windows(conv, by_grad, x, grad_y);
   const Images source = by_grad ? grad_y : x, other = by_grad ? x : grad_y;
   dispatch(conv.dtype, [&]<class T>() {
-    const bool of_weight = grad_weight.data != nullptr, of_value = grad_x != nullptr;
-    GradientPasses<T> passes(conv, windows, static_cast<const acc_t<T>*>(packed), of_weight, of_value, part);
+    using A = acc_t<T>;
+    GradientPasses<T> passes(conv, windows, static_cast<const A*>(packed), static_cast<A*>(weight_sums), grad_x != nullptr,
+                             part);
     const int64_t end = part.first_sample + part.samples;
     for (int64_t b = part.first_sample; b < end; b += passes.at_once) {
       passes.take(static_cast<const T*>(source.data) + b * windows.source.size(),
                   static_cast<const T*>(other.data) + b * windows.other.size(), min(passes.at_once, end - b));
       passes.add();
-      if (of_value) passes.write_values(static_cast<T*>(grad_x) + b * windows.source.size());
+      if (grad_x != nullptr) passes.write_values(static_cast<T*>(grad_x) + b * windows.source.size());
     }
-    if (of_weight) passes.write_weight(static_cast<T*>(grad_weight.data), grad_weight.channels_last);
+  });
+}
+
+// Some channels of grad_weight: the sums over `stretches` stretches of samples, each as long as packed_bytes, added up in
+// their order.
+void write_grad_weight(const Conv2d& conv, bool by_grad, void* weight_sums, int64_t stretches, Images grad_weight,
+                       int64_t first, int64_t channels) {
+  const Windows windows = make_windows(conv, by_grad, {nullptr, false}, {nullptr, false});
+  const Places places(windows.groups, windows.group_count, windows.source.channels, windows.lanes);
+  const int64_t panel_sums = conv.KH * conv.KW * windows.source.channels * windows.lanes;
+  int64_t* list = static_cast<int64_t*>(scratch(1, size_t(max(channels, 1) * conv.KH * conv.KW) * sizeof(int64_t)));
+  dispatch(conv.dtype, [&]<class T>() {
+    using A = acc_t<T>;
+    A* sums = static_cast<A*>(weight_sums);
+    for (int64_t s = 1; s < stretches; s++)
+      for_slices(conv, windows, first, channels, [&](int64_t at, int64_t n) {
+        const A* others = sums + s * windows.panels() * panel_sums;
+        for (int64_t i = at; i < at + n; i += kLanes) store(sums + i, load(sums + i) + load(others + i));
+      });
+    for (int64_t panel = 0; panel < windows.panels(); panel++)
+      unpack_panel(conv, windows, places, sums + panel * panel_sums, panel, first, channels, list,
+                   static_cast<T*>(grad_weight.data), grad_weight.channels_last);
   });
 }
 

@@ -112,6 +112,7 @@ void grad_input(const Conv2d& conv, Images grad_y, const void* packed, const voi
 } // namespace
 
 extern const SparseConv2dKernels SPARSEKERN_TABLE(sparse_conv2d) = {
-    kFactors, fingerprint, count, keep, panels, packed_bytes, pack, forward, grad_input, gradients};
+    kFactors, fingerprint, count, keep, panels, packed_bytes, pack, forward, grad_input, gradients,
+    write_grad_weight};
 
 } // namespace sparsekern

@@ -116,6 +116,26 @@ def test_sums_of_small_integers_are_exact(memory_format, dtype):
             assert torch.equal(got[name], wanted.to(dtype)), f"{name}, {shape=} {filters=} {active=}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("active", "grad_active"), [(0.05, 0.5), (0.7, 0.02)])
+def test_gradients_in_stretches_of_samples(threads, active, grad_active, memory_format, dtype):
+    """Many samples are cut into stretches, whose sums are added up. Sums of small integers are exact."""
+    threads(3)
+    x = torch.where(torch.rand(150, 20, 7, 6) < active, torch.randint(1, 3, (150, 20, 7, 6)), 0)
+    grad_y = torch.where(torch.rand(150, 35, 4, 6) < grad_active, torch.randint(-2, 3, (150, 35, 4, 6)), 0).to(dtype)
+    tensors = {"x": x, "weight": torch.randint(-2, 3, (35, 20, 3, 3)), "bias": torch.zeros(35)}
+    tensors = {
+        name: t.to(dtype).to(memory_format=FORMATS[memory_format] if t.dim() == 4 else torch.preserve_format)
+        for name, t in tensors.items()
+    }
+    got = run(bound(sk.functional.sparse_conv2d, (2, 1), (1, 1), True), tensors, grad_y)
+    doubles = {name: t.double() for name, t in tensors.items()}
+    exact = run(bound(sk.reference.sparse_conv2d, (2, 1), (1, 1), True), doubles, grad_y.double())
+    for name, wanted in exact.items():
+        assert torch.equal(got[name], wanted.to(dtype)), name
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_samples_of_very_different_activity(memory_format):
     """All zero, one pixel, a dense patch, all active: in one batch."""
@@ -283,11 +303,13 @@ def test_only_small_dense_inputs_go_by_pytorchs_own_node():
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("B", [1, 5, 40])
-def test_threads_do_not_change_a_bit(threads, B, memory_format):
-    x = sparse_randn(B, 32, 12, 12, active=0.1, dtype=torch.float32).to(memory_format=FORMATS[memory_format])
+@pytest.mark.parametrize(
+    ("B", "active"), [(1, 0.1), (5, 0.1), (130, 0.02)]
+)  # few enough for the kernels of any processor
+def test_threads_do_not_change_a_bit(threads, B, active, memory_format):
+    x = sparse_randn(B, 32, 12, 12, active=active, dtype=torch.float32).to(memory_format=FORMATS[memory_format])
     tensors = {"x": x, "weight": torch.randn(64, 32, 5, 5), "bias": torch.randn(64)}
-    grad_y = sparse_randn(B, 64, 8, 8, active=0.1, dtype=torch.float32)
+    grad_y = sparse_randn(B, 64, 8, 8, active=active, dtype=torch.float32)
     results = []
     for count in (1, 2, 5):
         threads(count)

@@ -99,13 +99,18 @@ template <class T> void compare(const char* name, const Conv2d& conv, const Valu
   }
 }
 
-// Packed weights, 64-byte aligned.
-struct Packed {
+// Room for as many bytes, 64-byte aligned.
+struct Aligned {
   std::vector<char> bytes;
-  void* data;
-  Packed(const Conv2d& conv, bool transposed, const void* weight, bool channels_last)
-      : bytes(SPARSEKERN_SELECT(sparse_conv2d).packed_bytes(conv, transposed) + 64) {
+  char* data;
+  explicit Aligned(size_t size) : bytes(size + 64) {
     data = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+  }
+};
+
+struct Packed : Aligned {
+  Packed(const Conv2d& conv, bool transposed, const void* weight, bool channels_last)
+      : Aligned(SPARSEKERN_SELECT(sparse_conv2d).packed_bytes(conv, transposed)) {
     const SparseConv2dKernels& kernels = SPARSEKERN_SELECT(sparse_conv2d);
     const int64_t panels = kernels.panels(conv, transposed), half = panels / 2; // as two threads would
     kernels.pack(conv, transposed, weight, channels_last, data, 0, half);
@@ -146,22 +151,31 @@ template <class T> void check_case(const Conv2d& conv, double active, double act
   compare("grad_input", conv, x, grad_x, wanted.grad_x);
   kernels.grad_input(conv, grad_images, turned.data, x_data.data(), {grad_x.data(), x_last}, whole);
   compare("grad_input of a mask", conv, x, grad_x, wanted.grad_x, &x);
-  const Images weight_images{grad_weight.data(), weight_last}, none{nullptr, false};
-  for (const ChannelPart part : {ChannelPart{0, half, 0, conv.C}, ChannelPart{half, conv.B - half, 0, conv.C}})
-    kernels.gradients(conv, false, grad_images, x_images, packed.data, none, grad_x.data(), part);
+  const ChannelPart halves[] = {{0, half, 0, conv.C}, {half, conv.B - half, 0, conv.C}};
+  for (const ChannelPart part : halves)
+    kernels.gradients(conv, false, grad_images, x_images, packed.data, nullptr, grad_x.data(), part);
   compare("grad_input at non-zeros", conv, x, grad_x, wanted.grad_x, &x);
-  for (const bool by_grad : {false, true}) {
+
+  const Images weight_images{grad_weight.data(), weight_last};
+  const auto of_weight = [&](const char* what, bool by_grad, const void* weights, void* values) {
+    std::fill(grad_weight.begin(), grad_weight.end(), T{});
+    const size_t bytes = kernels.packed_bytes(conv, by_grad);
+    const Aligned sums(2 * bytes);
     const int64_t channels = by_grad ? conv.O : conv.C, third = channels / 3;
-    for (const ChannelPart part : {ChannelPart{0, conv.B, 0, third}, ChannelPart{0, conv.B, third, channels - third}})
-      kernels.gradients(conv, by_grad, grad_images, x_images, nullptr, weight_images, nullptr, part);
-    compare(by_grad ? "grad_weight by grad_y" : "grad_weight by x", conv, weight, grad_weight, wanted.grad_weight);
-  }
-  std::fill(grad_x.begin(), grad_x.end(), T{}), std::fill(grad_weight.begin(), grad_weight.end(), T{});
-  const int64_t third = conv.C / 3;
-  for (const ChannelPart part : {ChannelPart{0, conv.B, 0, third}, ChannelPart{0, conv.B, third, conv.C - third}})
-    kernels.gradients(conv, false, grad_images, x_images, packed.data, weight_images, grad_x.data(), part);
+    for (const ChannelPart part : halves)
+      for (const auto [first, n] : {std::pair{int64_t(0), third}, std::pair{third, channels - third}})
+        kernels.gradients(conv, by_grad, grad_images, x_images, weights, sums.data + (part.first_sample > 0 ? bytes : 0), values,
+                          {part.first_sample, part.samples, first, n});
+    const int64_t stretches = half > 0 ? 2 : 1; // else the first half's sums were cleared by the second's
+    kernels.write_grad_weight(conv, by_grad, sums.data, stretches, weight_images, 0, third);
+    kernels.write_grad_weight(conv, by_grad, sums.data, stretches, weight_images, third, channels - third);
+    compare(what, conv, weight, grad_weight, wanted.grad_weight);
+  };
+  of_weight("grad_weight by x", false, nullptr, nullptr);
+  of_weight("grad_weight by grad_y", true, nullptr, nullptr);
+  std::fill(grad_x.begin(), grad_x.end(), T{});
+  of_weight("grad_weight, with the input's", false, packed.data, grad_x.data());
   compare("grad_input, with the weight's", conv, x, grad_x, wanted.grad_x, &x);
-  compare("grad_weight, with the input's", conv, weight, grad_weight, wanted.grad_weight);
 }
 
 template <class T> void check_dtype(DType dtype, std::mt19937& random) {
