@@ -292,7 +292,7 @@ def test_only_small_dense_inputs_go_by_pytorchs_own_node():
         x = sparse_randn(B, 16, 12, 12, active=active, dtype=torch.float32).to(memory_format=memory_format)
         return type(layer(x.requires_grad_()).grad_fn).__name__
 
-    ours = "SparseConv2dFunctionBackward"
+    ours = "EagerSparseConv2dFunctionBackward"
     layer = sk.SparseConv2d(16, 32, 3)
     assert node(layer, 8, 1.0) == "ConvolutionBackward0"
     assert node(layer, 8, 0.02) == ours

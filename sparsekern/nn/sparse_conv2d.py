@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 
 from sparsekern.nn.mask import draw_supports
 from sparsekern.nn.parameters import freeze_as, whole
 from sparsekern.ops import _check
 from sparsekern.ops.sparse_conv2d import (
-    eager_forward,
     is_plain,
     pair,
-    sparse_conv2d_images,
+    sparse_conv2d_eager,
     sparse_conv2d_prepared,
 )
 
@@ -114,9 +113,7 @@ class SparseConv2d(nn.Module):
         stride, padding = self.stride, self.padding
         if is_plain(x, weight):
             try:  # the op checks sizes and dtypes in a tenth of the time
-                if not is_grad_enabled():
-                    return eager_forward(x, weight, bias, stride, padding)
-                return sparse_conv2d_images(x, weight, bias, stride, padding, self.sparse_input_grad)
+                return sparse_conv2d_eager(x, weight, bias, stride, padding, self.sparse_input_grad)
             except RuntimeError:
                 pass  # what follows says what is wrong
         return sparse_conv2d_prepared(x, weight, bias, stride, padding, self.sparse_input_grad)

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from sparsekern.ops import _check
 from sparsekern.ops import sparse_conv2d_reference as reference
-from sparsekern.ops._library import _C, Function, define, has_values, wanted_only
+from sparsekern.ops._library import _C, Function, define, unwrap, wanted_only
 
 
 def _out_size(x, kernel_size, stride, padding):
@@ -51,9 +51,12 @@ define(
 forward_op = torch.ops.sparsekern.sparse_conv2d.default
 eager_forward = getattr(forward_op, "_op", forward_op)
 _backward = torch.ops.sparsekern.sparse_conv2d_backward.default
+_eager_backward = getattr(_backward, "_op", _backward)
 
 
 class SparseConv2dFunction(Function):
+    """In traces and under functorch's transforms."""
+
     @staticmethod
     def forward(x, weight, bias, stride, padding, sparse_input_grad):
         return forward_op(x, weight, bias, stride, padding)
@@ -72,6 +75,30 @@ class SparseConv2dFunction(Function):
         where = ctx.stride, ctx.padding, ctx.sparse_input_grad
         gradients = body(_dense_strides(grad_y), x, weight, *where, *ctx.needs_input_grad[:3])
         return *wanted_only(ctx, *gradients), None, None, None
+
+
+class EagerSparseConv2dFunction(torch.autograd.Function):
+    """The same for all else: one argument for stride, padding and sparse_input_grad, kept as it is."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, others):
+        stride, padding, _ = ctx.others = others
+        ctx.save_for_backward(x, weight)
+        return eager_forward(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight = ctx.saved_tensors
+        twice = is_grad_enabled() and (grad_y.requires_grad or x.requires_grad or weight.requires_grad)
+        body = reference.sparse_conv2d_backward if twice else _eager_backward
+        want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+        grad_x, grad_weight, grad_bias = body(
+            _dense_strides(grad_y), x, weight, *ctx.others, want_x, want_weight, want_bias
+        )
+        return grad_x if want_x else None, grad_weight if want_weight else None, grad_bias if want_bias else None, None
+
+
+_apply_eager = super(torch.autograd.Function, EagerSparseConv2dFunction).apply
 
 
 def _is_dense_image(x: Tensor) -> bool:
@@ -165,7 +192,12 @@ def sparse_conv2d_prepared(x, weight, bias, stride, padding, sparse_input_grad) 
     check_sparse_conv2d(x, weight, bias, stride, padding)
     x, weight, bias = _check.autocast("sparse_conv2d", x, weight, bias)
     batch, weight = _dense_strides(x if x.dim() == 4 else x.unsqueeze(0)), _plain_strides(weight)
-    y = sparse_conv2d_images(batch, weight, bias, stride, padding, sparse_input_grad)
+    if not (is_compiling() or are_transforms_active()):
+        y = sparse_conv2d_eager(batch, weight, bias, stride, padding, sparse_input_grad)
+    elif is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        y = SparseConv2dFunction.apply(batch, weight, bias, stride, padding, sparse_input_grad)
+    else:
+        y = forward_op(batch, weight, bias, stride, padding)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -206,18 +238,21 @@ def is_plain(x, weight) -> bool:
     )
 
 
-def sparse_conv2d_images(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
-    """:func:`sparse_conv2d_prepared` without its checks: x (B, C, H, W) is contiguous or channels-last."""
-    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+def sparse_conv2d_eager(x, weight, bias, stride, padding, sparse_input_grad) -> Tensor:
+    """:func:`sparse_conv2d_prepared` for x (B, C, H, W), contiguous or channels-last, neither traced nor under a transform.
+
+    What is wrong with x on a CPU the op finds itself (RuntimeError).
+    """
+    if is_grad_enabled() and (weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)):
         if not sparse_input_grad and _all_dense_pays(x, weight, stride, padding):
             return torch.conv2d(x, weight, bias, stride, padding)
-        return SparseConv2dFunction.apply(x, weight, bias, stride, padding, sparse_input_grad)
-    return forward_op(x, weight, bias, stride, padding)
+        return _apply_eager(unwrap(x), unwrap(weight), unwrap(bias), (stride, padding, sparse_input_grad))
+    return eager_forward(x, weight, bias, stride, padding)
 
 
 def _all_dense_pays(x, weight, stride, padding) -> bool:
     """Whether PyTorch's own node, which takes less time to call than ours, had better do all passes (see csrc)."""
-    if not has_values(x) or _C is None or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
+    if type(x) is not Tensor or _C is None or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not (weight.is_contiguous() if x.is_contiguous() else _check.is_channels_last(weight)):
         return False  # results and gradients have the memory format of what they belong to
