@@ -57,7 +57,7 @@ struct SparseLinearKernels {
                         int64_t begin, int64_t end, int64_t first, int64_t last);
   // By groups of outputs, G a multiple of 16: groups [first, last) of rows [begin, end) of y; inputs [first, last) of rows
   // [begin, end) of grad_x; the blocks of groups [begin, end) of grad_weight by x as samples (ceil(B / kLinearGroupSamples), I,
-  // kLinearGroupSamples) in the accumulator type, of which group_samples transposes [begin, end).
+  // kLinearGroupSamples), room for the accumulator type, of which group_samples transposes [begin, end).
   void (*forward_groups)(DType, const LinearSupport&, const LinearGroups&, const void* x, const void* weight, const void* bias,
                          void* y, int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*grad_input_groups)(DType, const LinearSupport&, const LinearGroups&, const void* grad_y, const void* x,

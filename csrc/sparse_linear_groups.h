@@ -1,26 +1,18 @@
 // By groups of outputs whatever is zero: sixteen outputs that share their inputs times one or more samples in registers, as
 // in a dense product over the inputs that the group has.
 #pragma once
+#include "sparse_linear_group_pairs.h"
 #include "sparse_linear_panels.h"
 #include "transpose.h"
 
 namespace sparsekern {
 namespace {
 
-constexpr int64_t kGroupSamples = kLinearGroupSamples;
-
 // Registers of a block of sixteen.
 template <class A> constexpr int kBlockRegs = kLanes / kRegLanes<A>;
 
 // Inputs of a group whose weights and samples stay in the first-level cache.
 constexpr int64_t kListPart = 128;
-// Outputs times registers of samples whose sums, or gradients, stay in registers.
-#if defined(__AVX512F__)
-constexpr int kHeld = 16;
-#else
-constexpr int kHeld = 8;
-#endif
-
 // to (count, kLanes) = the listed blocks of sixteen weights, the first `outputs` of each and zeros: the others may be anything.
 template <class T>
 void copy_blocks(const T* weight, int64_t step, const int32_t* source, int64_t count, int64_t outputs, acc_t<T>* to) {
@@ -95,7 +87,8 @@ void forward_groups(const LinearSupport& w, const LinearGroups& groups, const T*
                     int64_t begin, int64_t end, int64_t first, int64_t last) {
   using A = acc_t<T>;
   const int64_t I = w.inputs, O = w.outputs, G = w.group;
-  A* samples = (A*)scratch(kTiles, size_t(I * kGroupSamples) * sizeof(A));
+  A* samples = (A*)scratch(kTiles, size_t((I + 1) * kGroupSamples) * sizeof(A)); // the last are zeros
+  std::memset((void*)(samples + I * kGroupSamples), 0, kGroupSamples * sizeof(A));
   A* sums = (A*)scratch(kSums, size_t(kLanes * kGroupSamples) * sizeof(A));
   A* blocks = (A*)scratch(kValues, size_t(kListPart * kLanes) * sizeof(A));
   for (int64_t s = begin; s < end; s += kGroupSamples) {
@@ -109,6 +102,15 @@ void forward_groups(const LinearSupport& w, const LinearGroups& groups, const T*
         }
         for (int64_t e = groups.starts[g]; e < groups.starts[g + 1]; e += kListPart) {
           const int64_t count = min(kListPart, groups.starts[g + 1] - e);
+          if constexpr (std::is_same_v<T, bf16>)
+            if (has_pairs()) {
+              pair_blocks(weight + (o - g * G), G, groups.source + e, count, O - o, (uint32_t*)blocks);
+              for_registers<A>(rows, [&]<int kRegs>(int64_t r, int64_t k) {
+                add_group_pairs<kRegs>(samples + r, I, (uint32_t*)blocks + k, groups.input + e, count,
+                                       sums + k * kGroupSamples + r);
+              });
+              continue;
+            }
           copy_blocks(weight + (o - g * G), G, groups.source + e, count, O - o, blocks);
           for_registers<A>(rows, [&]<int kRegs>(int64_t r, int64_t k) {
             add_group<kRegs>(samples + r, blocks + k, groups.input + e, count, sums + k * kGroupSamples + r);
@@ -150,6 +152,13 @@ void grad_input_groups(const LinearSupport& w, const LinearGroups& groups, const
         to_samples<kGroupSamples>(grad_y + s * O + o, O, rows, min(kLanes, O - o), grad);
         for (int64_t e = lower_bound(list, stop, first) - groups.input; e < until; e += kListPart) {
           const int64_t count = min(kListPart, until - e);
+          if constexpr (std::is_same_v<T, bf16>)
+            if (has_pairs()) {
+              gather_blocks(weight + (o - g * G), G, groups.source + e, count, O - o, (bf16*)blocks);
+              const auto add = rows > kLanes ? add_gradient_pairs<2> : add_gradient_pairs<1>;
+              add(grad, (bf16*)blocks, groups.input + e, count, sums - first * kGroupSamples);
+              continue;
+            }
           copy_blocks(weight + (o - g * G), G, groups.source + e, count, O - o, blocks);
           for_registers<A>(rows, [&]<int kRegs>(int64_t r, int64_t k) {
             add_gradients<kRegs>(grad + k * kGroupSamples + r, blocks + k, groups.input + e, count,
@@ -205,7 +214,27 @@ SPARSEKERN_INLINE void add_products(const A* samples, int64_t step, const int32_
     for (int r = 0; r < kRegs; r++) store_reg(sums + e * kLanes + r * kRegLanes<A>, sum[e][r]);
 }
 
-// The blocks of groups [first, last) of grad_weight by samples (ceil(B / kGroupSamples), I, kGroupSamples).
+// x (B, I) as the weight's gradient reads it: blocks [begin, end) of samples (ceil(B / kGroupSamples), I, kGroupSamples), in
+// acc_t<T>, but bfloat16 where that is multiplied in pairs.
+template <class T> void group_samples(const T* x, int64_t B, int64_t I, void* samples, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  for (int64_t t = begin; t < end; t++) {
+    const int64_t s = t * kGroupSamples, rows = min(kGroupSamples, B - s);
+    if (!in_pairs<T>()) {
+      to_samples<kGroupSamples>(x + s * I, I, rows, I, (A*)samples + s * I);
+      continue;
+    }
+    if constexpr (std::is_same_v<T, bf16>) {
+      float* wide = (float*)scratch(kValues, size_t(kLanes * kGroupSamples) * sizeof(float));
+      for (int64_t i = 0; i < I; i += kLanes) {
+        to_samples<kGroupSamples>(x + s * I + i, I, rows, min(kLanes, I - i), wide);
+        narrow_samples(wide, min(kLanes, I - i), (bf16*)samples + s * I + i * kGroupSamples);
+      }
+    }
+  }
+}
+
+// The blocks of groups [first, last) of grad_weight by samples as group_samples() lays them out.
 template <class T>
 void grad_weight_groups(const LinearSupport& w, const LinearGroups& groups, const T* grad_y, const acc_t<T>* samples,
                         T* grad_weight, int64_t B, int64_t first, int64_t last) {
@@ -215,13 +244,25 @@ void grad_weight_groups(const LinearSupport& w, const LinearGroups& groups, cons
   A* grad = (A*)scratch(kTiles, size_t(kGroupDepth * kLanes) * sizeof(A));
   const auto add = [&](int64_t g, int64_t o, int64_t s, int64_t i, int64_t begin, A* sums) { // entries from `begin` on
     const int64_t rows = min(kGroupDepth, B - s);
-    for (int64_t k = 0; k < rows; k++) store(grad + k * kLanes, load_first(grad_y + (s + k) * O + o, O - o));
+    if constexpr (std::is_same_v<T, bf16>)
+      for (int64_t p = 0; has_pairs() && 2 * p < rows; p++)
+        store_pairs((uint32_t*)grad + p * kLanes, grad_y + s * O + o, O, rows, p, O - o);
+    for (int64_t k = 0; !in_pairs<T>() && k < rows; k++)
+      store(grad + k * kLanes, load_first(grad_y + (s + k) * O + o, O - o));
     const int32_t *list = groups.input + groups.starts[g], *stop = groups.input + groups.starts[g + 1];
     const int64_t until = lower_bound(list, stop, i + inputs) - groups.input;
     const A* at = samples + s / kGroupSamples * step;
     int64_t e = lower_bound(list, stop, i) - groups.input;
     const auto some = [&]<int kBlocks>() {
-      add_products<kBlocks>(at, step, groups.input + e, grad, rows, sums + (e - begin) * kLanes);
+      A* to = sums + (e - begin) * kLanes;
+      if constexpr (std::is_same_v<T, bf16>)
+        if (has_pairs()) {
+          const bf16* narrow = (const bf16*)samples + (at - samples);
+          add_product_pairs<kBlocks>(narrow, step, groups.input + e, (uint32_t*)grad, rows, to);
+          e += kBlocks;
+          return;
+        }
+      add_products<kBlocks>(at, step, groups.input + e, grad, rows, to);
       e += kBlocks;
     };
     while (until - e >= kTogetherBlocks) some.template operator()<kTogetherBlocks>();

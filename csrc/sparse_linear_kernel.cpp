@@ -238,12 +238,7 @@ const SparseLinearKernels SPARSEKERN_TABLE(sparse_linear) = {
         },
     .group_samples =
         [](DType dtype, const void* x, int64_t B, int64_t I, void* samples, int64_t begin, int64_t end) {
-          dispatch(dtype, [&]<class T>() {
-            for (int64_t t = begin; t < end; t++) {
-              const int64_t s = t * kGroupSamples;
-              to_samples<kGroupSamples>((const T*)x + s * I, I, min(kGroupSamples, B - s), I, (acc_t<T>*)samples + s * I);
-            }
-          });
+          dispatch(dtype, [&]<class T>() { group_samples((const T*)x, B, I, samples, begin, end); });
         },
     .grad_weight_groups =
         [](DType dtype, const LinearSupport& w, const LinearGroups& groups, const void* grad_y, const void* samples,

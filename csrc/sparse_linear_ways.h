@@ -225,8 +225,8 @@ inline double lanes_cost(const LinearWork& work) {
 
 // By groups of outputs, whatever is zero: transposing, copying the blocks and multiplying. Fitted, as were the rows of blocks
 // above, on Zen 5 at 1600 x 1500, 1024 x 256, 784 x 128 and 512 x 2048 (densities 0.05 to 1), 0.02 to 1 active, B = 1 to 256,
-// float32 and bfloat16; with AVX2 and in float64 (3.6 times as long) at two of them. Zen 4, which multiplies half as fast, is an
-// estimate.
+// float32, and bfloat16 in pairs (half within a twelfth); with AVX2 and in float64 (3.6 times as long) at two of them. Zen 4,
+// which multiplies half as fast, is an estimate.
 inline bool has_groups(const LinearWork& work) {
   constexpr int64_t kElements = 1 << 24; // of x, which the weight's gradient copies into memory that is kept: 64 MB
   const bool copied = work.pass != Pass::grad_weight || work.B * work.support.inputs <= kElements;
@@ -237,6 +237,14 @@ inline double groups_cost(const LinearWork& work) {
   const double looks = B / double((work.support.outputs + 15) / 16), d = work.density();
   const double copied = d * double((work.B + 31) / 32);
   const double rate = d * (work.dtype == DType::f64 ? 3.6 : 1) * (wide() ? 1 : 2);
+  if (work.has_pairs) {
+    const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
+    if (work.pass == Pass::grad_weight)
+      return 8400 / vectors + 0.3 * looks + 0.016 * B + 10.9 * d * double((work.B + 127) / 128) + 0.32 * rate * B;
+    if (work.pass == Pass::grad_input)
+      return 8000 / vectors + 0.4 * looks + 0.015 * rows + 6 * copied + 0.2 * rate * rows;
+    return 3000 / vectors + 0.3 * looks + 3.8 * copied + 0.3 * rate * rows;
+  }
   if (work.pass == Pass::grad_weight)
     return 0.2 * looks + 0.018 * B + 10.5 * d * double((work.B + 127) / 128) + 0.65 * rate * B;
   if (work.pass == Pass::grad_input) return 0.35 * looks + 0.012 * rows + 6.8 * copied + 0.5 * rate * rows;
