@@ -191,7 +191,9 @@ Tensor sparse_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints s
   if (bias) bias_values = unstrided(*bias);
   const void* bias_data = bias ? bias_values->data_ptr() : nullptr;
   const Images from = images(x), to = {y.data_ptr(), from.channels_last};
-  parallel_parts(conv.B, kernels().panels(conv, false), [&](Part part) { kernels().forward(conv, from, packed.data(), bias_data, to, part); });
+  parallel_parts(conv.B, kernels().panels(conv, false), [&](Part part) {
+    kernels().forward(conv, from, packed.data(), bias_data, to, part);
+  });
   return y;
 }
 

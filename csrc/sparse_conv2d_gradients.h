@@ -256,7 +256,8 @@ template <class T> class GradientPasses {
       const int64_t list = c * lists_.phases + group.phase, first = lists_.at(from.sample, from.row, list);
       const int64_t n = lists_.at(to.sample, to.row, list) - first;
       if (n == 0) continue;
-      const int64_t at = slice * windows_.source.channels + (part_.first + c) * each, step = next_slice * windows_.source.channels;
+      const int64_t channels = windows_.source.channels, step = next_slice * channels;
+      const int64_t at = slice * channels + (part_.first + c) * each;
       Slices<const A> weight{value_sums_ ? packed_ + at : nullptr, step};
       Slices<A> gradient{sums_ ? sums_ + at : nullptr, step};
       pass_windows(lists_.offset + first, lists_.value + first, value_sums_ ? value_sums_ + first * kEntrySums : nullptr, n,

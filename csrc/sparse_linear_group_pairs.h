@@ -31,8 +31,9 @@ inline void pair_blocks(const bf16* weight, int64_t step, const int32_t* source,
   const __mmask16 mask = first_lanes(outputs);
   for (int64_t e = 0; e < count; e += 2, to += kLanes) {
     const int64_t next = e + 1 < count ? e + 1 : e;
+    const __mmask16 other = next > e ? mask : __mmask16(0);
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, weight + source[e] * step));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next > e ? mask : __mmask16(0), weight + source[next] * step));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(other, weight + source[next] * step));
     _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 }
@@ -46,8 +47,8 @@ inline void gather_blocks(const bf16* weight, int64_t step, const int32_t* sourc
 
 // As add_group(), of pairs of blocks; x (inputs and one of zeros, kGroupSamples).
 template <int kRegs>
-SPARSEKERN_PAIRS void add_group_pairs(const float* x, int64_t zeros, const uint32_t* weight, const int32_t* input, int64_t count,
-                                      float* sums) {
+SPARSEKERN_PAIRS void add_group_pairs(const float* x, int64_t zeros, const uint32_t* weight, const int32_t* input,
+                                      int64_t count, float* sums) {
   constexpr int kOutputs = kHeld / kRegs;
   __m512 sum[kOutputs][kRegs];
 #pragma GCC unroll 16
@@ -74,7 +75,8 @@ SPARSEKERN_PAIRS void add_group_pairs(const float* x, int64_t zeros, const uint3
 
 // As add_gradients(), of all sixteen outputs at once.
 template <int kRegs>
-SPARSEKERN_PAIRS void add_gradient_pairs(const float* grad, const bf16* weight, const int32_t* input, int64_t count, float* to) {
+SPARSEKERN_PAIRS void add_gradient_pairs(const float* grad, const bf16* weight, const int32_t* input, int64_t count,
+                                         float* to) {
   constexpr int kOutputs = kLanes / 2; // pairs of them
   __m512bh held[kOutputs][kRegs];
 #pragma GCC unroll 8
