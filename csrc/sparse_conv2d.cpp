@@ -298,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_conv2d_backward(Tensor grad_y, Tensor 
 } // namespace
 
 bool all_dense_pays(const Conv2d& conv, Images x, bool want_input) {
-  const double active = active_fraction(conv.dtype, x.data, conv.B * conv.C * conv.H * conv.W);
+  const auto active = [&] { return active_fraction(conv.dtype, x.data, conv.B * conv.C * conv.H * conv.W); };
   return conv.C > 1 && conv.O > 1 && !has_unwritten_taps(conv) &&
          all_dense_pays({conv, kernels(), x.channels_last, x.channels_last}, active, want_input);
 }

@@ -192,13 +192,15 @@ inline ConvWays backward_ways(const ConvWork& work, double x_active, double grad
 // Whether PyTorch's own autograd node had better do all passes of a training step: where the dense way is not much slower for
 // a dense gradient, and calling a Python function, which takes 40 to 60 us more than that node, would be a twentieth of the
 // step. Of longer ones sparse gradients might save more.
-inline bool all_dense_pays(const ConvWork& work, double x_active, bool want_input) {
+// x_active(): asked for last, as it takes 10 us and more where x has left the caches.
+template <class F> bool all_dense_pays(const ConvWork& work, const F& x_active, bool want_input) {
   constexpr double kFunction = 20000, kLongest = 1200000; // beside what kMargin leaves
   const double forward = dense_cost(work, ConvPass::forward);
   const double dense = forward + dense_backward_ways(work, want_input, true).cost;
   if (dense > kLongest) return false;
-  const double sparse = sparse_forward_pays(work, x_active) ? sparse_cost(work, false, x_active) / kMargin : forward;
-  return dense < sparse + backward_ways(work, x_active, 1, false, want_input, true).cost + kFunction;
+  const double active = x_active();
+  const double sparse = sparse_forward_pays(work, active) ? sparse_cost(work, false, active) / kMargin : forward;
+  return dense < sparse + backward_ways(work, active, 1, false, want_input, true).cost + kFunction;
 }
 
 } // namespace sparsekern
