@@ -2,8 +2,8 @@
 //
 // Costs are ns on one core of Zen 5 (family 26) with AVX-512. Fitted to eleven shapes (3->64 7x7 to 256->256 1x1, stride 1
 // and 2), B = 1 to 64, both memory formats, 0.02 to 0.6 of x and 0.02 to 1 of grad_y active, float32 and bfloat16: half of
-// the passes are within a sixth, and the way that they lead to takes 1 to 2 % more than the best one in the mean. On Zen 4
-// all takes about 1.75 times as long, the dense way and the others alike. benchmarks/crossovers.py measures them.
+// the passes are within a sixth, and the way that they lead to takes 1 to 2 % more than the best one in the mean. What Zen 4
+// takes against that was fitted to eight shapes (1,200 passes): 1 to 2 % more as well. benchmarks/crossovers.py measures them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -34,6 +34,16 @@ struct ConvWork {
   }
 };
 
+// How much longer than on Zen 5 it takes where 512 bits are multiplied in two halves, as Zen 4 does: PyTorch's products, ours,
+// and all else that the kernels do.
+struct Halved {
+  double dense = 1, products = 1, rest = 1;
+};
+inline Halved halved() {
+  const bool kernels = isa() == Isa::avx512;
+  return processor().wide ? Halved{} : kernels ? Halved{1.85, 1.5, 1.3} : Halved{1.85, 1.3, 1.3};
+}
+
 // What the passes over non-zeros pixel by pixel take (y by x, or grad_x by grad_y): for a column of a row that a kernel row and
 // a panel meet, more where the number of non-zeros there cannot be predicted, for each of them, for 16 products, for an
 // element of what has the non-zeros and of the other one (contiguous, channels-last), and for a weight.
@@ -54,10 +64,11 @@ inline double sparse_cost(const ConvWork& work, bool by_grad, double active) {
   const double x = work.x_elements() * (by_grad ? cost.other : cost.source)[work.x_channels_last];
   const double y = work.y_elements() * (by_grad ? cost.source : cost.other)[work.y_channels_last];
   const bool wide = conv.dtype == DType::f64; // sums of half as many lanes, and of fewer panels and outputs at a time
+  const Halved slower = halved();
   return work.kernels.factors.product * (wide ? 4.5 : 1) *
-             (columns * (cost.column + uncertain * cost.uncertain) +
-              nonzeros * (columns * cost.nonzero + products * cost.products)) +
-         work.kernels.factors.element * (wide ? 2 : 1) * (x + y) + work.weights() * cost.weight;
+             (slower.rest * columns * (cost.column + uncertain * cost.uncertain + nonzeros * cost.nonzero) +
+              slower.products * nonzeros * products * cost.products) +
+         slower.rest * (work.kernels.factors.element * (wide ? 2 : 1) * (x + y) + work.weights() * cost.weight);
 }
 
 // What the passes channel by channel take (grad_weight, grad_x at the non-zeros of x, or both): for a list that a pass takes,
@@ -96,11 +107,12 @@ inline double list_cost(const ConvWork& work, const ListCost& cost, bool by_grad
   const double x = x_elements * (by_grad ? cost.other : cost.source)[work.x_channels_last];
   const double y = y_elements * (by_grad ? cost.source : cost.other)[work.y_channels_last];
   const bool wide = conv.dtype == DType::f64;
+  const Halved slower = halved();
   return work.kernels.factors.list * (wide ? 4.5 : 1) *
-             (met * cost.list + products * cost.products) +
-         work.kernels.factors.element * (wide ? 2 : 1) *
-             (active * (by_grad ? y_elements : x_elements) * cost.nonzero + x + y) +
-         work.weights() * cost.weight;
+             (slower.rest * met * cost.list + slower.products * products * cost.products) +
+         slower.rest * (work.kernels.factors.element * (wide ? 2 : 1) *
+                            (active * (by_grad ? y_elements : x_elements) * cost.nonzero + x + y) +
+                        work.weights() * cost.weight);
 }
 
 // What a pass of PyTorch's takes: for the call, for 16 products forward and backward, for an element of x or y, and for a
@@ -112,11 +124,12 @@ struct DenseCost {
 inline DenseCost dense_cost(DType dtype) {
   const bool tiles = processor().tiles; // of bfloat16, whose rate is an estimate; the newest have them of float16 too
   DenseCost cost{{30000, 31000}, 0.152, 0.164, {0.42, 0.17}, 0.55};
-  if (dtype == DType::f64) return {{20000, 20000}, 0.9, 0.9, {0.5, 0.5}, 1}; // by plain matrix products
+  if (dtype == DType::f64) cost = {{20000, 20000}, 0.9, 0.9, {0.5, 0.5}, 1}; // by plain matrix products
   if (dtype == DType::bf16) cost = {{45000, 31000}, 0.081, 0.100, {0.30, 0.014}, 0.33};
   if (dtype == DType::bf16 && !processor().dots) cost.forward = cost.backward = 0.160;
   if (dtype == DType::f16) cost.element[0] += 0.6, cost.element[1] += 0.6; // converted to float32 and back
   if ((dtype == DType::bf16 || dtype == DType::f16) && tiles) cost.forward = cost.backward = 0.025;
+  cost.forward *= halved().dense, cost.backward *= halved().dense;
   return cost;
 }
 
@@ -194,13 +207,13 @@ inline ConvWays backward_ways(const ConvWork& work, double x_active, double grad
 // step. Of longer ones sparse gradients might save more.
 // x_active(): asked for last, as it takes 10 us and more where x has left the caches.
 template <class F> bool all_dense_pays(const ConvWork& work, const F& x_active, bool want_input) {
-  constexpr double kFunction = 20000, kLongest = 1200000; // beside what kMargin leaves
+  const double function = halved().rest * 20000, longest = halved().dense * 1200000; // beside what kMargin leaves
   const double forward = dense_cost(work, ConvPass::forward);
   const double dense = forward + dense_backward_ways(work, want_input, true).cost;
-  if (dense > kLongest) return false;
+  if (dense > longest) return false;
   const double active = x_active();
   const double sparse = sparse_forward_pays(work, active) ? sparse_cost(work, false, active) / kMargin : forward;
-  return dense < sparse + backward_ways(work, active, 1, false, want_input, true).cost + kFunction;
+  return dense < sparse + backward_ways(work, active, 1, false, want_input, true).cost + function;
 }
 
 } // namespace sparsekern

@@ -65,7 +65,8 @@ inline double double_dense_cost(const LinearWork& work) {
 // to 0.8 active, B = 16 to 256. Rows, and panels without a bitmap, were measured there with all other ways at 1600 x 1500,
 // 1024 x 256, 784 x 128, 512 x 2048 and 128 x 1024, densities 0.05 to 1, G = 1, 4 and 16, 0.02 to 1 active, B = 1 to 256,
 // float32 and bfloat16: the ways that all these costs lead to take 1.4 % and 1.8 % more than the best in the mean (with G = 16
-// alone, and by groups too, 1.7 % and 2.1 %).
+// alone, and by groups too, 1.7 % and 2.1 %). Zen 4's were measured again all ways at these layers, 1600 x 1000 and 64 x 64
+// (2,800 passes): 1.3 % more than the best in the mean, 0.8 % on 500 passes that they were not fitted to.
 inline bool wide() { return isa() == Isa::avx512 && processor().wide; }
 // In float32: half precision is widened on the way, and two panels of float64 do not fit the registers.
 inline bool wide_f32(const LinearWork& work) { return wide() && work.dtype == DType::f32; }
@@ -100,41 +101,41 @@ inline double dense_cost(const LinearWork& work) {
   return cost + 5 + (work.support.group == 1 ? 25 : 16) * d;
 }
 
-// Of rows of blocks there: for a block, an active input of a row, a look at an input of a row, and once for a block. Float32
-// and two bytes, by pass.
+// Of rows of blocks: for a block, an active input of a row, a look at an input of a row, and once for a block. Of processors
+// that multiply 512 bits at once and others, by pass, float32 and two bytes.
 struct BlockCost {
   double block, active, look, once;
 };
-constexpr BlockCost kBlockRows[3][2]{{{4.4, 2, 0.7, 0}, {3, 3.3, 0.7, 0}},
-                                     {{3.1, 10.5, 1, 0}, {2.5, 18.5, 0.95, 0}},
-                                     {{2.45, 2.3, 0.83, 8.7}, {2.5, 3.6, 0.8, 6.5}}};
+constexpr BlockCost kBlockRows[2][3][2]{{{{5.2, 5, 1.35, 0.1}, {4.9, 7.7, 1.35, 0.2}},
+                                         {{4.85, 17, 1.7, 0.2}, {4.4, 25, 1.4, 0.1}},
+                                         {{3.5, 4.5, 1.3, 11}, {4.25, 4.5, 1.5, 12}}},
+                                        {{{4.4, 2, 0.7, 0}, {3, 3.3, 0.7, 0}},
+                                         {{3.1, 10.5, 1, 0}, {2.5, 18.5, 0.95, 0}},
+                                         {{2.45, 2.3, 0.83, 8.7}, {2.5, 3.6, 0.8, 6.5}}}};
 
 inline double rows_cost(const LinearWork& work) {
   if (work.dtype == DType::f64) return double_cost(work, kDoubleRows, work.rows_active);
   const double products = double(work.B) * work.rows_active, d = work.density();
   const double vectors = double((work.support.outputs + 15) / 16); // of an input
   const double looks = double(work.B) / vectors;                    // at an input of a row
-  if (work.support.group % 16 == 0 && wide()) {
-    const BlockCost& cost = kBlockRows[int(work.pass)][two_bytes(work)];
+  if (work.support.group % 16 == 0) {
+    const BlockCost& cost = kBlockRows[wide()][int(work.pass)][two_bytes(work)];
     return (cost.block * d + cost.active / vectors) * products + cost.look * looks + cost.once * d;
-  }
-  if (work.support.group % 16 == 0) { // a block, and what each active input of a row takes beside
-    const double beside = work.pass == Pass::forward ? 6 : work.pass == Pass::grad_input ? 28 : 4;
-    const double once = work.pass == Pass::grad_weight ? 8 * d : work.pass == Pass::grad_input ? 0.06 * double(work.B) : 0;
-    return (4.1 * d + beside / vectors) * products + once;
   }
   const bool bits = work.support.group == 1 && work.support.bits != nullptr;
   if (work.pass == Pass::grad_weight) {
     if (bits && work.B == 1) return 2 + 5 * products;
+    if (!wide()) return (two_bytes(work) ? 130 : 115) * d * products + 7 * looks + 6 * d + 0.8;
     return (two_bytes(work) ? 118 : 100) * d * products + 6 * looks + 12 * d + 2;
   }
   if (work.pass == Pass::grad_input) {
     if (!bits || d <= 0.08) return (two_bytes(work) ? 53 : 45) * d * products + 2.5 * looks;
     if (wide_f32(work)) return (work.full() ? 5 : 3.5) * products + 1.5 * looks;
-    return wide() ? 4.6 * products + 4 * looks : (6.7 + 14 / vectors) * products;
+    if (wide()) return 4.6 * products + 4 * looks;
+    return (two_bytes(work) ? 5.4 + 14 / vectors : 3.6 + 8 / vectors) * products + 1.2 * looks;
   }
   if (bits && two_bytes(work) && d > 0.125) return 4.5 * products + 2 * looks;
-  if (bits && !two_bytes(work) && d > 0.09) return (wide_f32(work) ? 2.5 : 3.6) * products;
+  if (bits && !two_bytes(work) && d > 0.09) return wide_f32(work) ? 2.5 * products : 3.85 * products + 1.4 * looks;
   return (34 * d + 15 / vectors) * products + 2 * looks;
 }
 
@@ -160,7 +161,7 @@ inline double grad_input_panels_cost(const LinearWork& work) {
   const double panels =
       !has_register_tiles(work) ? (3 + 70 * d) * widened + 1.85 * products
       : wide_f32(work)          ? 6 + 0.09 * B + 0.75 * products
-                                : 8.5 + 0.1 * B + panel_product(1.5) * products;
+                                : (wide() || !two_bytes(work) ? 8.5 : 11) + 0.1 * B + panel_product(1.5) * products;
   if (work.support.group != 1) return panels;
   const double lane = 1.5 + 100 / double(O + 1), vectors = double((O + 15) / 16); // short rows cost more
   const double once = 3 + 35 * d, each = (0.03 + lane * d) * double((work.B + 15) / 16 * 16);
@@ -188,9 +189,12 @@ inline double panels_cost(const LinearWork& work) {
                                   : 6 + 8 * d + 0.08 * B + panel_product(1.5) * products);
   }
   const bool weights = work.pass == Pass::grad_weight;
-  if (wide()) return (weights ? (two_bytes(work) ? 8 : 4) : 5) + 40 * d + (0.06 + 0.6 / vectors) * B + 0.97 * products;
-  const double once = weights ? 3 + 38 * d : 5 + 40 * d;
-  return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * products; // two bytes are widened one by one
+  if (isa() != Isa::avx512) {
+    const double once = weights ? 3 + 38 * d : 5 + 40 * d;
+    return once * (two_bytes(work) ? 1.6 : 1) + 1.85 * products; // two bytes are widened one by one
+  }
+  const double once = (weights ? two_bytes(work) ? 8 : 4 : 5) + 40 * d;
+  return once + (wide() ? 1 : 1.3) * (0.06 + 0.6 / vectors) * B + panel_product(1.4) * products;
 }
 
 // The weight's gradient by all of x copies both its factors, for which more rows would want more memory than they are worth.
@@ -198,14 +202,13 @@ inline bool fits(const LinearWork& work) { return work.pass != Pass::grad_weight
 
 // By tiles whatever is zero: laid out as for panels, and sums in registers. Measured on Zen 5 at 1600 x 1000, 1600 x 1500,
 // 4096 x 1024 and 784 x 128 (G = 1 and 16, densities 0.1 to 0.4), B = 4 to 256, where PyTorch takes 1.35 for what these take
-// 0.61. On Zen 4, where PyTorch takes 1.33, 1.2 is an estimate from the rates of pairs on both. By AVX2 they are as fast as
-// PyTorch.
+// 0.61, and on Zen 4, where PyTorch takes 1.33 and these 1.2. By AVX2 they are as fast as PyTorch.
 inline bool has_tiles(const LinearWork& work) {
   const bool vectors = work.support.bits != nullptr || work.support.group % 16 == 0;
   return work.B > 1 && fits(work) && work.dtype == DType::f32 && isa() == Isa::avx512 && vectors;
 }
 inline double tiles_cost(const LinearWork& work) {
-  const double once = work.pass == Pass::forward       ? (wide() ? 3 : 4.5)
+  const double once = work.pass == Pass::forward       ? (wide() ? 3 : 6.5)
                       : work.pass == Pass::grad_weight ? 14
                       : has_register_tiles(work)       ? 9
                                                        : 5 + 70 * work.density();
@@ -224,38 +227,38 @@ inline double lanes_cost(const LinearWork& work) {
 }
 
 // By groups of outputs, whatever is zero: transposing, copying the blocks and multiplying. Fitted, as were the rows of blocks
-// above, on Zen 5 at 1600 x 1500, 1024 x 256, 784 x 128 and 512 x 2048 (densities 0.05 to 1), 0.02 to 1 active, B = 1 to 256,
-// float32, and bfloat16 in pairs (half within a twelfth); with AVX2 and in float64 (3.6 times as long) at two of them. Zen 4,
-// which multiplies half as fast, is an estimate.
+// above, at 1600 x 1500, 1024 x 256, 784 x 128 and 512 x 2048 (on Zen 4 1600 x 1000, 128 x 1024 and 64 x 64 too), densities
+// 0.05 to 1, 0.02 to 1 active, B = 1 to 256, float32, and bfloat16 in pairs (half within a twelfth); with AVX2 and in float64
+// (3.6 times as long) on Zen 5 at two of them.
 inline bool has_groups(const LinearWork& work) {
   constexpr int64_t kElements = 1 << 24; // of x, which the weight's gradient copies into memory that is kept: 64 MB
   const bool copied = work.pass != Pass::grad_weight || work.B * work.support.inputs <= kElements;
   return work.has_plan && work.support.group % 16 == 0 && work.B > 1 && copied;
 }
+// For a call (of all inputs), a look at an input of a row, a row, a block each time it is copied, and a product.
+struct GroupCost {
+  double call, look, row, copy, product;
+};
+// Of processors that multiply 512 bits at once and others, float32 and pairs of bfloat16, by pass.
+constexpr GroupCost kGroups[2][2][3]{{{{0, 0.95, 0, 3.3, 1.5}, {0, 0.9, 0.026, 4.3, 1.37}, {0, 0.7, 0.032, 16, 1.13}},
+                                      {{3000, 0.9, 0, 6.4, 0.66}, {8000, 1.1, 0.022, 11, 0.43}, {8400, 0.9, 0.015, 18, 0.57}}},
+                                     {{{0, 0.25, 0, 5.4, 0.55}, {0, 0.35, 0.012, 6.8, 0.5}, {0, 0.2, 0.018, 10.5, 0.65}},
+                                      {{3000, 0.3, 0, 3.8, 0.3}, {8000, 0.4, 0.015, 6, 0.2}, {8400, 0.3, 0.016, 10.9, 0.32}}}};
 inline double groups_cost(const LinearWork& work) {
-  const double B = double(work.B), rows = double((work.B + 15) / 16 * 16);
-  const double looks = B / double((work.support.outputs + 15) / 16), d = work.density();
-  const double copied = d * double((work.B + 31) / 32);
-  const double rate = d * (work.dtype == DType::f64 ? 3.6 : 1) * (wide() ? 1 : 2);
-  if (work.has_pairs) {
-    const double vectors = double(work.support.inputs) * double((work.support.outputs + 15) / 16);
-    if (work.pass == Pass::grad_weight)
-      return 8400 / vectors + 0.3 * looks + 0.016 * B + 10.9 * d * double((work.B + 127) / 128) + 0.32 * rate * B;
-    if (work.pass == Pass::grad_input)
-      return 8000 / vectors + 0.4 * looks + 0.015 * rows + 6 * copied + 0.2 * rate * rows;
-    return 3000 / vectors + 0.3 * looks + 3.8 * copied + 0.3 * rate * rows;
-  }
-  if (work.pass == Pass::grad_weight)
-    return 0.2 * looks + 0.018 * B + 10.5 * d * double((work.B + 127) / 128) + 0.65 * rate * B;
-  if (work.pass == Pass::grad_input) return 0.35 * looks + 0.012 * rows + 6.8 * copied + 0.5 * rate * rows;
-  return 0.25 * looks + 5.4 * copied + 0.55 * rate * rows;
+  const GroupCost& cost = kGroups[wide()][work.has_pairs][int(work.pass)];
+  const bool weights = work.pass == Pass::grad_weight; // which takes 128 rows at a time, others sixteen, by two copies
+  const double B = double(work.B), rows = weights ? B : double((work.B + 15) / 16 * 16);
+  const double copies = double(weights ? (work.B + 127) / 128 : (work.B + 31) / 32), d = work.density();
+  const double vectors = double((work.support.outputs + 15) / 16);
+  return cost.call / (double(work.support.inputs) * vectors) + cost.look * B / vectors + cost.row * rows +
+         d * (cost.copy * copies + cost.product * (work.dtype == DType::f64 ? 3.6 : 1) * rows);
 }
 
 // By pairs of bfloat16, whatever is zero: faster than the dense way, which lays out as much, up to about 200 rows forward,
 // 100 for the input's gradient, more where rows of outputs are long, and always for the weight's. Measured, as was the dense
 // way in bfloat16, on Zen 5 at 1600 x 1500, 1600 x 1000, 1024 x 256, 784 x 128, 512 x 2048 and 64 x 64 (densities 0.1 to 1,
 // G = 1 and 16), B = 2 to 256, of the weight's gradient to 1024: gradients take 0.8 times this in the median, eight in ten 0.7
-// to 1.1 times, forward 0.6 to 1. Zen 4 is an estimate.
+// to 1.1 times, forward 0.6 to 1; on Zen 4 0.8 to 1.
 inline bool has_pairs(const LinearWork& work) {
   return work.has_pairs && fits(work) &&
          (work.support.bits != nullptr || work.support.group % 16 == 0 || work.full());
@@ -275,7 +278,7 @@ inline double pairs_cost(const LinearWork& work) {
 inline double slowdown(Way way) {
   const bool panels = way == Way::panels;
   if (isa() == Isa::avx512 || (isa() == Isa::avx2 && !isa_supported(Isa::avx512))) return 1;
-  if (isa() == Isa::avx2) return panels ? 1.5 : 1.2;
+  if (isa() == Isa::avx2) return way == Way::groups ? 1.8 : panels ? 1.5 : 1.2;
   return panels ? 4 : 2;
 }
 
