@@ -208,9 +208,9 @@ def _target(result: Result, role: str) -> str:
     return f"{target:g}x {'reached' if result.speedup(role) >= target else 'missed'}"
 
 
-def _grid() -> list[dict[str, str]]:
+def _grid(folder: str = ".") -> list[dict[str, str]]:
     """The rows of never_slower.py, if it ran."""
-    path = RESULTS / "never_slower.csv"
+    path = RESULTS / folder / "never_slower.csv"
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -249,14 +249,17 @@ def _outcome(rows: list[dict[str, str]]) -> str:
     )
 
 
+def _slower_kinds(rows: list[dict[str, str]]) -> str:
+    """The outcome, and how many of the slower cases are of which kind."""
+    kinds = {name: _slow(ratios) for name, ratios in _slow_kinds(rows).items()}
+    parts = ", ".join(f"{name} ({count})" for name, count in kinds.items() if count)
+    return f"{_outcome(rows)}{': ' if parts else ''}{parts}."
+
+
 def slower_in_short() -> str:
     """README's sentence on what is slower than dense."""
     rows = _grid()
-    if not rows:
-        return ""
-    kinds = {name: _slow(ratios) for name, ratios in _slow_kinds(rows).items()}
-    parts = ", ".join(f"{name} ({count})" for name, count in kinds.items() if count)
-    return f"{_outcome(rows)}: {parts}. [Where it is slower](docs/performance.md#where-it-is-slower)."
+    return f"{_slower_kinds(rows)} [Where it is slower](docs/performance.md#where-it-is-slower)." if rows else ""
 
 
 def never_slower_table() -> str:
@@ -269,9 +272,15 @@ def never_slower_table() -> str:
         [name, str(len(ratios)), f"{ratios[0]:.2f}x", f"{ratios[len(ratios) // 2]:.2f}x", str(_slow(ratios))]
         for name, ratios in _slow_kinds(rows).items()
     ]
-    where = caption({**rows[0], "dtype": "float32 and bfloat16"})
     outcome = wrapped(f"{_outcome(rows)}. Each case counts in the first row that it belongs to:")
-    return f"{outcome}\n\n{markdown(header, common)}\n\nBy kind of work:\n\n{_by_work(rows)}\n\n{wrapped(where)}"
+    parts = [outcome, markdown(header, common), "By kind of work:", _by_work(rows), wrapped(_measured_on(rows))]
+    if on_zen4 := _grid("zen4"):
+        parts.append(wrapped(f"On Zen 4 ({_measured_on(on_zen4)}): {_slower_kinds(on_zen4)}"))
+    return "\n\n".join(parts)
+
+
+def _measured_on(rows: list[dict[str, str]]) -> str:
+    return caption({**rows[0], "dtype": "float32 and bfloat16"})
 
 
 def _by_work(rows: list[dict[str, str]]) -> str:
