@@ -32,14 +32,8 @@ int64_t count(DType dtype, const void* data, int64_t n) {
   return total;
 }
 
-void keep(DType dtype, const void* mask, void* data, int64_t n) {
-  dispatch(dtype, [&]<class T>() {
-    const T* m = static_cast<const T*>(mask);
-    T* x = static_cast<T*>(data);
-    for (int64_t i = 0; i < n; i++)
-      if constexpr (sizeof(T) == 2) x[i].bits = (m[i].bits & 0x7fff) != 0 ? x[i].bits : 0; // both have 15 bits beside the sign
-      else x[i] = m[i] != 0 ? x[i] : T{};
-  });
+void keep(DType dtype, const void* mask, void* x, int64_t n) {
+  dispatch(dtype, [&]<class T>() { keep(static_cast<const T*>(mask), static_cast<T*>(x), n); });
 }
 
 int64_t panels(const Conv2d& conv, bool transposed) { return make_plan(conv, transposed).panels(); }

@@ -72,16 +72,11 @@ void pack_panel(const Conv2d& conv, const Plan& plan, const Places& places, cons
   }
 }
 
-// 16 neighbouring pixels (n of them) of a panel's channels, from sums to a contiguous image.
-template <class T>
-SPARSEKERN_INLINE void write_tile(vec<acc_t<T>> (&v)[kLanes], int64_t channels, int64_t n, int64_t channel_stride,
-                                  const T* mask, T* out) {
-  transpose(v);
-  for (int64_t l = 0; l < channels; l++) {
-    const int64_t at = l * channel_stride;
-    if (mask != nullptr) v[l] = load_first(mask + at, n) != 0 ? v[l] : vec<acc_t<T>>{};
-    store_first(out + at, v[l], n);
-  }
+// x where mask is not zero, else zero.
+template <class T> void keep(const T* mask, T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++)
+    if constexpr (sizeof(T) == 2) x[i].bits = (mask[i].bits & 0x7fff) != 0 ? x[i].bits : 0; // both have 15 bits beside the sign
+    else x[i] = mask[i] != 0 ? x[i] : T{};
 }
 
 // Writes 16 channels of every pixel of one sample from sums (rows, phases, width, lanes). place: where column w of a row
@@ -113,8 +108,10 @@ void finish(const Plan& plan, const int32_t* place, const acc_t<T>* sums, vec<ac
     const int64_t n = min(kLanes, pixels - p);
     vec<A> v[kLanes] = {};
     for (int64_t i = 0; i < n; i++) v[i] = next();
-    write_tile(v, channels, n, view.channel_stride, mask == nullptr ? nullptr : mask + p, out + p);
+    transpose(v);
+    for (int64_t l = 0; l < channels; l++) store_first(out + l * pixels + p, v[l], n);
   }
+  if (mask != nullptr) keep(mask, out, channels * pixels); // in one stream, where tiles would read sixteen
 }
 
 } // namespace
