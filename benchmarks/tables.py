@@ -275,7 +275,7 @@ def never_slower_table() -> str:
     outcome = wrapped(f"{_outcome(rows)}. Each case counts in the first row that it belongs to:")
     parts = [outcome, markdown(header, common), "By kind of work:", _by_work(rows), wrapped(_measured_on(rows))]
     if on_zen4 := _grid("zen4"):
-        parts.append(wrapped(f"On Zen 4 ({_measured_on(on_zen4)}): {_slower_kinds(on_zen4)}"))
+        parts.append(wrapped(f"The same cases on Zen 4 ({_measured_on(on_zen4)}). {_slower_kinds(on_zen4)}"))
     return "\n\n".join(parts)
 
 

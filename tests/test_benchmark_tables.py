@@ -126,7 +126,7 @@ def test_the_grids_outcome_is_counted(tmp_path, monkeypatch):
     assert "training steps of 1 to 4 samples (1), convolutions whose input is mostly active (1). [" in short
     table = tables.never_slower_table()
     assert "| all else | 1 | 0.95x | 0.95x | 0 |" in table
-    assert "commit abc with changes On Zen 4 (" in " ".join(table.split())
+    assert "commit abc with changes The same cases on Zen 4 (" in " ".join(table.split())
     assert " ".join(table.split()).endswith("lowest at 0.80x: 64 x 64 layers (1).")
 
 
